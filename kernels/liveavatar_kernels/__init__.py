@@ -1,0 +1,1 @@
+"""Kernels of the Live Avatar engine, one folder per op. Never imports the engine."""

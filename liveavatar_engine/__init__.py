@@ -1,0 +1,1 @@
+"""Inference engine for Live Avatar."""

@@ -1,0 +1,29 @@
+"""What can go wrong, as the caller sees it: every message names the thing and says what was expected."""
+
+
+class LiveAvatarError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(LiveAvatarError, ValueError):
+    """A setting is unknown, out of range or contradicts another one."""
+
+
+class InputError(LiveAvatarError, ValueError):
+    """An image, audio, video, mask or prompt given by the user cannot be used."""
+
+
+class CheckpointError(LiveAvatarError):
+    """A checkpoint or adapter file is missing, damaged or belongs to another model."""
+
+
+class OutputError(LiveAvatarError):
+    """The result cannot be written: the path is not writable or the disk is full."""
+
+
+class ModelError(LiveAvatarError):
+    """The network produced something that is not a video, such as NaN latents."""
+
+
+class SessionError(LiveAvatarError):
+    """A session was used in a way its state does not allow."""
