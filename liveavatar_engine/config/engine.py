@@ -1,0 +1,126 @@
+"""What a user can choose when opening an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError
+from .size import Size
+
+PRECISIONS = ("fp32", "bf16", "fp8")
+SINK_DISTANCES = (4, 30)
+"""Range, both ends included, from which the reference draws the sink distance."""
+_NOT_YET = "is not available in this version"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of an engine; frozen. Every unknown or contradictory value is one ConfigError at construction.
+
+    Attributes:
+        size: "W*H", an area that keeps the image's aspect ratio with sides that are multiples of 64, or "WxH", exact
+            sides that are multiples of 16.
+        precision: "fp32", "bf16" or "auto" (bf16 on a GPU, fp32 on a CPU).
+        kv_precision: precision of the ring; "auto" follows `precision`.
+        devices: "auto" (the first GPU, else the CPU), a device name such as "cpu" or "cuda:0", or a list of them.
+        steps: denoise steps per block, each with a ring of its own.
+        sink_distance: temporal distance from a block to the reference image's keys, in latent frames: "random" draws
+            it from 4..30 for every step from the session's seed, as the reference does.
+        sink_update_after: blocks after which the first generated latent replaces the reference image in the sink
+            (4: the reference's code; 1: the paper's Algorithms 3 and 4); None keeps the image.
+        motion_tokens: keep the packed motion latents in the sink (False: the paper's section 5.1).
+        features: "global" encodes a whole utterance of up to 60 s at once, as the reference does; "windowed" encodes
+            block by block with a fixed context, as live and longer audio always do.
+        graphs: replay captured CUDA graphs where the device has them; off on a CPU.
+        schedule: "sequential".
+        sequence_parallel: GPUs that share one timestep.
+        max_sessions: sessions that can be open at the same time.
+    """
+
+    size: str = "704*384"
+    precision: str = "auto"
+    kv_precision: str = "auto"
+    devices: str | tuple[str, ...] = "auto"
+    steps: int = 4
+    sink_distance: str | int = "random"
+    sink_update_after: int | None = 4
+    motion_tokens: bool = True
+    features: str = "global"
+    graphs: bool = True
+    schedule: str = "sequential"
+    sequence_parallel: int = 1
+    max_sessions: int = 1
+
+    def __post_init__(self) -> None:
+        Size.parse(self.size)
+        self._check_choice("precision", ("auto", *PRECISIONS))
+        self._check_choice("kv_precision", ("auto", *PRECISIONS))
+        self._check_choice("features", ("global", "windowed"))
+        self._check_choice("schedule", ("sequential", "diagonal"))
+        self._check_count("steps", 1, 1000)
+        self._check_count("max_sessions", 1, 1024)
+        self._check_count("sequence_parallel", 1, 64)
+        for name in ("motion_tokens", "graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.sink_distance != "random":
+            self._check_count("sink_distance", *SINK_DISTANCES, other="'random'")
+        if self.sink_update_after is not None:
+            self._check_count("sink_update_after", 1, None, other="None")
+        object.__setattr__(self, "devices", _device_names(self.devices))
+        self._refuse_what_is_not_built()
+
+    @property
+    def parsed_size(self) -> Size:
+        return Size.parse(self.size)
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> EngineConfig:
+        """Build from a dictionary, for instance one read from JSON; an unknown key is a ConfigError."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
+        return cls(**settings)
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+
+    def _check_count(self, name: str, low: int, high: int | None, other: str | None = None) -> None:
+        value = getattr(self, name)
+        valid = (
+            isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+        )
+        if not valid:
+            span = f"at least {low}" if high is None else f"{low} to {high}"
+            raise ConfigError(f"{name} must be {other + ' or ' if other else ''}an integer, {span}, not {value!r}")
+
+    def _refuse_what_is_not_built(self) -> None:
+        if "fp8" in (self.precision, self.kv_precision):
+            raise ConfigError(f"precision fp8 {_NOT_YET}; use bf16 or fp32")
+        if self.kv_precision not in ("auto", self.precision):
+            raise ConfigError(f"kv_precision {self.kv_precision!r} beside precision {self.precision!r} {_NOT_YET}")
+        if self.schedule == "diagonal":
+            raise ConfigError(f"schedule 'diagonal' {_NOT_YET}; use 'sequential'")
+        if self.sequence_parallel > 1:
+            raise ConfigError(f"sequence_parallel={self.sequence_parallel} {_NOT_YET}; use 1")
+        if len(self.devices) > 1 and not isinstance(self.devices, str):
+            raise ConfigError(f"several devices {_NOT_YET}: choose one of {', '.join(self.devices)}")
+
+
+def _device_names(devices: Any) -> str | tuple[str, ...]:
+    """`devices` as "auto" or a tuple of device names."""
+    names = devices if not isinstance(devices, str) else (devices,)
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"devices must be 'auto', a device name or a list of names, not {devices!r}")
+    if "auto" in names:
+        if len(names) > 1:
+            raise ConfigError(f"devices: 'auto' stands alone, not beside others in {devices!r}")
+        return "auto"
+    if len(set(names)) < len(names):
+        raise ConfigError(f"devices {devices!r}: a device is named twice")
+    return tuple(names)

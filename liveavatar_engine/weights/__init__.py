@@ -1,0 +1,1 @@
+"""Checkpoint files to modules: layout, shards, adapters and the parts around the network."""

@@ -1,0 +1,86 @@
+"""LoRA adapters: W + (alpha / rank) B A, merged in float32 while the weights are loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .tensors import TensorStore, listed
+
+_NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_DEFAULT_SCALE = 0.5
+"""alpha / rank of the published adapter (64 / 128), whose file does not state alpha."""
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """An adapter checked against the weights it changes.
+
+    Attributes:
+        down, up: A [rank, in] and B [out, rank] by the name of the weight they change.
+        scale: alpha / rank.
+    """
+
+    down: dict[str, Tensor]
+    up: dict[str, Tensor]
+    scale: float
+
+    @classmethod
+    def from_file(cls, path: Path, weights: Mapping[str, tuple[int, ...]]) -> LoraAdapter:
+        """Read a PEFT adapter, with or without the `base_model.model.` prefix and the `.default` part.
+
+        alpha is taken from the file's metadata ("alpha"), else alpha / rank is 0.5 as for the published adapter.
+
+        Raises:
+            CheckpointError: damaged file, or an adapter that does not fit `weights` (name -> shape); every name that
+                does not fit is listed.
+        """
+        store = TensorStore([path])
+        sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+        strange = []
+        for name, tensor in store:
+            match = _NAME.fullmatch(name)
+            if match is None:
+                strange.append(name)
+            else:
+                sides[match["side"]][f"{match['module']}.weight"] = tensor.float()
+        if strange or not sides["A"]:
+            found = listed(sorted(strange)) if strange else "no tensors at all"
+            raise CheckpointError(f"{path}: not a LoRA adapter, found {found} (expected NAME.lora_A.weight, ...lora_B)")
+        adapter = cls(sides["A"], sides["B"], _scale(path, store.metadata, sides["A"]))
+        adapter._check(path, weights)
+        return adapter
+
+    def merge(self, name: str, weight: Tensor) -> Tensor:
+        """The merged weight in float32, or `weight` itself where the adapter does not change it."""
+        if name not in self.down:
+            return weight
+        return weight.float() + self.scale * (self.up[name].to(weight.device) @ self.down[name].to(weight.device))
+
+    def _check(self, path: Path, weights: Mapping[str, tuple[int, ...]]) -> None:
+        complaints = [f"{name} has no counterpart" for name in sorted(set(self.down) ^ set(self.up))]
+        for name in sorted(set(self.down) & set(self.up)):
+            (rank, columns), (rows, up_rank) = self.down[name].shape, self.up[name].shape
+            if name not in weights:
+                complaints.append(f"{name} is not a weight of this model")
+            elif weights[name] != (rows, columns) or rank != up_rank:
+                complaints.append(f"{name}: B {[rows, up_rank]} A {[rank, columns]} do not make {list(weights[name])}")
+        if complaints:
+            raise CheckpointError(f"{path}: a LoRA for another model: {listed(complaints)}")
+
+
+def _scale(path: Path, metadata: Mapping[str, str], down: Mapping[str, Tensor]) -> float:
+    ranks = sorted({tensor.shape[0] for tensor in down.values() if tensor.ndim == 2 and tensor.shape[0]})
+    if len(ranks) != 1 or any(tensor.ndim != 2 for tensor in down.values()):
+        raise CheckpointError(f"{path}: expected matrices of one rank, found ranks {ranks}")
+    if "alpha" not in metadata:
+        return _DEFAULT_SCALE
+    try:
+        return float(metadata["alpha"]) / ranks[0]
+    except ValueError:
+        raise CheckpointError(f"{path}: metadata alpha={metadata['alpha']!r} is not a number") from None
