@@ -1,0 +1,1 @@
+"""From noise to the latents of a block: schedule, noise, caches, positions, steps."""

@@ -1,0 +1,39 @@
+"""Timesteps and noise levels of the denoise steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+TRAIN_TIMESTEPS = 1000
+SHIFT = 3.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One timestep (0..1000) per step, and the noise level sigma (0..1) before each step and after the last."""
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+
+def flow_match_schedule(steps: int, shift: float = SHIFT) -> Schedule:
+    """The schedule of diffusers' FlowMatchEulerDiscreteScheduler(1000, shift).set_timesteps(steps).
+
+    That class applies `sigma -> shift * sigma / (1 + (shift - 1) * sigma)` twice: to its table of training sigmas,
+    whose ends span the timesteps, and to the sigmas of these. Values are rounded to float32 as there.
+    """
+    ends = np.array([TRAIN_TIMESTEPS, 1], dtype=np.float32) / np.float32(TRAIN_TIMESTEPS)
+    highest, lowest = (float(sigma) for sigma in _shifted(ends, shift))
+    sigmas = _shifted(np.linspace(highest, lowest, steps), shift).astype(np.float32)
+    timesteps = sigmas * np.float32(TRAIN_TIMESTEPS)
+    return Schedule(tuple(timesteps.tolist()), (*sigmas.tolist(), 0.0))
+
+
+def _shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
