@@ -1,4 +1,4 @@
-"""Actor masks: which tokens each speaker's audio may move."""
+"""Actor masks: which tokens each actor's audio may move."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def feature_index(column: int) -> int:
 
 
 def pick_columns(features: Tensor, first: int, count: int) -> Tensor:
-    """Columns of video frames first..first + count - 1: [layers, length, dim] -> [layers, dim, count], zero past the end."""
+    """Columns of `count` video frames, zero past the end: [layers, length, dim] -> [layers, dim, count]."""
     layers, length, dim = features.shape
     columns = features.new_zeros(layers, dim, count)
     for column in range(count):

@@ -37,10 +37,10 @@ SAMPLES_PER_COLUMN = SPEECH_RATE // FRAMES_PER_SECOND
 
 
 class Features(Protocol):
-    """States of one or several speakers, block by block, in order."""
+    """States of one or several actors, block by block, in order."""
 
     def block(self, index: int) -> Tensor | None:
-        """float32 [speakers, layers, dim, columns_per_block], zero past the end; None behind the last block."""
+        """float32 [actors, layers, dim, columns_per_block], zero past the end; None behind the last block."""
 
     @property
     def columns(self) -> int | None:
@@ -104,19 +104,19 @@ class WindowedFeatures:
         return total is not None and feature >= state_moments(total) * FEATURE_RATE // STATE_RATE
 
 
-class SpeakerFeatures:
-    """States of several speakers side by side; who has ended is silent (zero states) until all have."""
+class ActorFeatures:
+    """States of several actors side by side; who has ended is silent (zero states) until all have."""
 
-    def __init__(self, speakers: list[Features]) -> None:
-        self._speakers = speakers
+    def __init__(self, actors: list[Features]) -> None:
+        self._actors = actors
 
     @property
     def columns(self) -> int | None:
-        known = [speaker.columns for speaker in self._speakers]
+        known = [actor.columns for actor in self._actors]
         return None if None in known else max(count for count in known if count is not None)
 
     def block(self, index: int) -> Tensor | None:
-        blocks = [speaker.block(index) for speaker in self._speakers]
+        blocks = [actor.block(index) for actor in self._actors]
         present = [block for block in blocks if block is not None]
         if not present:
             return None

@@ -57,4 +57,4 @@ def still_conditions(
 
 def to_pixels(image: np.ndarray) -> Tensor:
     """uint8 [height, width, 3] -> float32 [3, height, width] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255 * 2 - 1
+    return torch.tensor(image).permute(2, 0, 1).float() / 255 * 2 - 1

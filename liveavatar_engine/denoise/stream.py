@@ -84,6 +84,10 @@ class LatentStream:
         self.block = 0
         self._prefill(reference)
 
+    @property
+    def device(self) -> torch.device:
+        return self._denoiser.network.device
+
     @torch.inference_mode()
     def next_block(self, noise: Tensor, audio_states: Tensor, pose: Tensor | None = None) -> Tensor:
         """Denoise the next block.
@@ -116,9 +120,7 @@ class LatentStream:
         distances = sink_distances(self._policy.distance, self._policy.seed, self.block, schedule.steps)
         for step, view in enumerate(self._positions.block_views(self.block, distances)):
             ring = self._caches.rings[step]
-            velocity = self._denoiser.network(
-                latents, times[step], self._text, inputs, ring, self._caches.sink, view
-            )
+            velocity = self._denoiser.network(latents, times[step], self._text, inputs, ring, self._caches.sink, view)
             latents = latents + (schedule.sigmas[step + 1] - schedule.sigmas[step]) * velocity
             if self._observe is not None:
                 self._observe(self.block, step, velocity)

@@ -94,7 +94,7 @@ class Vae(nn.Module):
 
     def _encode_step(self, pixels: Tensor, history: History) -> Tensor:
         weight = self.conv1.weight
-        moments = self.conv1(self.encoder.step(pixels[None].to(weight.device, weight.dtype), history))
+        moments = self.conv1.step(self.encoder.step(pixels[None].to(weight.device, weight.dtype), history), history)
         mean, _ = moments[0, :, 0].chunk(2)
         latent_mean, latent_std = _statistics(mean)
         return (mean - latent_mean) / latent_std
@@ -120,7 +120,8 @@ class DecoderStream:
         """
         weight = self._vae.conv2.weight
         mean, std = _statistics(latents.to(weight.device))
-        hidden = self._vae.conv2((latents.to(weight.device) * std[:, None] + mean[:, None])[None].to(weight.dtype))
+        scaled = (latents.to(weight.device) * std[:, None] + mean[:, None])[None].to(weight.dtype)
+        hidden = self._vae.conv2.step(scaled, self._history)
         steps = [self._vae.decoder.step(latent, self._history) for latent in hidden.split(1, dim=2)]
         return torch.cat(steps, dim=2)[0].float().clamp(-1, 1)
 

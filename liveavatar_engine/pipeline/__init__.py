@@ -1,0 +1,1 @@
+"""Who runs what where: the engine, its sessions, the devices."""

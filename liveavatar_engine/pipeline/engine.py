@@ -1,0 +1,230 @@
+"""The engine: one set of weights on a device, serving sessions."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+
+from ..conditions.actors import actor_mask
+from ..conditions.audio_encoder import AudioEncoder
+from ..conditions.audio_features import ActorFeatures, Features, WindowedFeatures
+from ..conditions.pose import PoseStream
+from ..conditions.speech import LiveSpeech
+from ..conditions.still import still_conditions, to_pixels
+from ..conditions.text import TextEncoder
+from ..config import EngineConfig, StreamGeometry
+from ..config.geometry import FRAMES_PER_SECOND
+from ..denoise.caches import CacheArena
+from ..denoise.noise import BlockNoise, check_seed
+from ..denoise.schedule import flow_match_schedule
+from ..denoise.stream import Denoiser, LatentStream, SinkPolicy
+from ..errors import CheckpointError, ConfigError, InputError, SessionError
+from ..model import Network
+from ..vae.vae import Vae, load_vae
+from ..weights.layout import Checkpoint
+from ..weights.network import load_network
+from . import inputs
+from .device import resolve_device, resolve_dtype
+from .session import Session, SessionParts
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_SEED = 420
+
+
+class Engine:
+    """A loaded checkpoint, ready to serve. Make one with `from_pretrained`."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        network: Network,
+        vae: Vae,
+        text_encoder: TextEncoder,
+        audio_encoder: AudioEncoder,
+    ) -> None:
+        self.config = config
+        self._network, self._vae = network, vae
+        self._text_encoder, self._audio_encoder = text_encoder, audio_encoder
+        with torch.inference_mode():
+            self._denoiser = Denoiser(network, flow_match_schedule(config.steps))
+        self._lock = threading.Lock()
+        self._free_slots = list(range(config.max_sessions))
+        self._arena: CacheArena | None = None
+        self._arena_geometry: StreamGeometry | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, checkpoint: str | Path, lora: str | Path | None = None, config: EngineConfig | None = None
+    ) -> Self:
+        """Load a checkpoint directory in the reference's layout, merging a LoRA adapter where one is given.
+
+        Raises:
+            CheckpointError: parts are missing or damaged or do not fit together; nothing has been allocated for the
+                network by then.
+            ConfigError: the device or precision asked for is not there.
+        """
+        config = config or EngineConfig()
+        device = resolve_device(config.devices)
+        dtype = resolve_dtype(config.precision, device)
+        found = Checkpoint(Path(checkpoint))
+        _log.info("loading %s as %s on %s", found.root, dtype, device)
+        audio_encoder = AudioEncoder.load(found.audio_encoder, device)
+        text_encoder = TextEncoder.load(found.text_encoder, found.tokenizer, dtype, device)
+        vae = load_vae(found.vae, dtype, device)
+        network = load_network(found.root, Path(lora) if lora is not None else None, dtype, device)
+        sizes = (audio_encoder.state_count, audio_encoder.state_dim)
+        if sizes != (network.config.audio_layers, network.config.audio_dim):
+            raise CheckpointError(
+                f"{found.audio_encoder}: {sizes[0]} states of {sizes[1]}; the network was made for "
+                f"{network.config.audio_layers} of {network.config.audio_dim}"
+            )
+        return cls(config, network, vae, text_encoder, audio_encoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self._network.device
+
+    def generate(
+        self,
+        image: str | Path | Image.Image | np.ndarray,
+        audio: inputs.AudioInput | Sequence[inputs.AudioInput],
+        prompt: str = "",
+        *,
+        seed: int = DEFAULT_SEED,
+        pose_video: str | Path | None = None,
+        actor_masks: Sequence[str | Path | np.ndarray] | None = None,
+        max_blocks: int | None = None,
+    ) -> Session:
+        """Animate an image with recorded speech: iterate over the result for `FrameChunk`s as they are made.
+
+        Inputs are read and checked before this returns; memory does not grow with the audio's length.
+
+        Args:
+            image: a file, a PIL image, or uint8 RGB [height, width, 3].
+            audio: a file, or float32/int16 mono samples at 16 kHz; several actors: a sequence of them.
+            prompt: what the scene shows.
+            seed: of noise and sink distances; the same seed gives the same frames, bit for bit.
+            pose_video: a file whose frames steer the pose.
+            actor_masks: where each actor is, one per actor: files, or arrays [height, width] of the stream's size.
+            max_blocks: end after so many blocks of 0.48 s.
+
+        Raises:
+            InputError, ConfigError: an input cannot be used.
+            SessionError: `max_sessions` sessions are open.
+        """
+        if max_blocks is not None and (not isinstance(max_blocks, int) or max_blocks < 1):
+            raise ConfigError(f"max_blocks must be an integer, at least 1, not {max_blocks!r}")
+        actors = 1 if isinstance(audio, inputs.AudioInput) else len(audio)
+        picture = inputs.portrait(image, self.config.parsed_size)
+        geometry = self._geometry(picture)
+        features = inputs.recorded_features(
+            audio, self._audio_encoder, self.config.features, geometry.columns_per_block
+        )
+        return self._open(picture, geometry, prompt, seed, features, actors, actor_masks, pose_video, [], max_blocks)
+
+    def open_session(
+        self,
+        image: str | Path | Image.Image | np.ndarray,
+        prompt: str = "",
+        *,
+        seed: int = DEFAULT_SEED,
+        pose_video: str | Path | None = None,
+        actor_masks: Sequence[str | Path | np.ndarray] | None = None,
+    ) -> Session:
+        """Open a live session: push audio into it while its frames are read.
+
+        Audio states are "windowed" whatever the configuration says: the utterance's length is unknown. With
+        `actor_masks` there is one actor per mask. Other arguments and errors as for `generate`.
+        """
+        picture = inputs.portrait(image, self.config.parsed_size)
+        geometry = self._geometry(picture)
+        live = [LiveSpeech() for _ in actor_masks or [None]]
+        features = ActorFeatures(
+            [WindowedFeatures(self._audio_encoder, speech, geometry.columns_per_block) for speech in live]
+        )
+        return self._open(picture, geometry, prompt, seed, features, len(live), actor_masks, pose_video, live, None)
+
+    def _geometry(self, picture: np.ndarray) -> StreamGeometry:
+        height, width, _ = picture.shape
+        return StreamGeometry(self._network.config, height, width, motion_tokens=self.config.motion_tokens)
+
+    def _open(
+        self,
+        picture: np.ndarray,
+        geometry: StreamGeometry,
+        prompt: str,
+        seed: int,
+        features: Features,
+        actors: int,
+        masks: Sequence[str | Path | np.ndarray] | None,
+        pose_video: str | Path | None,
+        live: list[LiveSpeech],
+        max_blocks: int | None,
+    ) -> Session:
+        seed = check_seed(seed)
+        if (actors > 1 or masks is not None) and len(masks or ()) != actors:
+            raise InputError(f"{actors} audio tracks and {len(masks or ())} actor masks: expected one mask per track")
+        mask = None
+        if masks is not None:
+            mask = actor_mask(inputs.actor_masks(masks, geometry.height, geometry.width), geometry).to(self.device)
+        pose = None
+        if pose_video is not None:
+            frames = inputs.pose_frames(pose_video, geometry.height, geometry.width, FRAMES_PER_SECOND)
+            pose = PoseStream(self._vae, frames, geometry)
+        still = still_conditions(self._vae, to_pixels(picture).to(self.device))
+        decoder = self._vae.decoder_stream()
+        decoder.decode(still.priming)
+        slot = self._take_slot(geometry)
+        try:
+            assert self._arena is not None
+            latents = LatentStream(
+                self._denoiser,
+                geometry,
+                self._arena.caches(slot),
+                text=self._text_keys(prompt),
+                reference=still.reference,
+                motion=still.motion,
+                policy=SinkPolicy(self.config.sink_distance, self.config.sink_update_after, seed),
+                actor_mask=mask,
+            )
+        except BaseException:
+            self._give_slot_back(slot)
+            raise
+        parts = SessionParts(geometry, features, BlockNoise(geometry, seed), latents, decoder, pose, live)
+        return Session(parts, lambda: self._give_slot_back(slot), max_blocks)
+
+    @torch.inference_mode()
+    def _text_keys(self, prompt: str) -> list:
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt: expected text, not {type(prompt).__name__}")
+        return self._network.text_keys(self._text_encoder.context(prompt, self._network.config.text_len))
+
+    def _take_slot(self, geometry: StreamGeometry) -> int:
+        """A free slot in the arena, which is made at the first session and when the size changes between sessions."""
+        with self._lock:
+            if not self._free_slots:
+                raise SessionError(
+                    f"all {self.config.max_sessions} sessions are open: close one, or set EngineConfig.max_sessions"
+                )
+            if geometry != self._arena_geometry:
+                if len(self._free_slots) < self.config.max_sessions:
+                    raise SessionError("sessions of another picture size are open; sizes cannot be mixed in an engine")
+                self._arena = None
+                slots, dtype = self.config.max_sessions, self._network.dtype
+                self._arena = CacheArena(geometry, self.config.steps, slots, dtype, self.device)
+                self._arena_geometry = geometry
+            return self._free_slots.pop()
+
+    def _give_slot_back(self, slot: int) -> None:
+        with self._lock:
+            self._free_slots.append(slot)

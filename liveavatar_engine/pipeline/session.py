@@ -1,0 +1,181 @@
+"""A session: one stream from audio to frames."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from torch import Tensor
+
+from ..conditions.audio_features import Features
+from ..conditions.pose import PoseStream
+from ..conditions.speech import LiveSpeech
+from ..config import StreamGeometry
+from ..config.geometry import LATENT_FRAME_STRIDE
+from ..denoise.noise import BlockNoise
+from ..denoise.stream import LatentStream
+from ..errors import SessionError
+from ..frames import FrameChunk
+from ..vae.vae import DecoderStream, to_uint8
+from .timing import StageTimer
+
+PORTRAIT_FRAMES = LATENT_FRAME_STRIDE - 1
+"""Frames at the head of a stream that still show the portrait and are dropped, as in the reference."""
+
+
+@dataclass(frozen=True)
+class SessionParts:
+    """What a session runs; made by the engine."""
+
+    geometry: StreamGeometry
+    features: Features
+    noise: BlockNoise
+    latents: LatentStream
+    decoder: DecoderStream
+    pose: PoseStream | None
+    live: list[LiveSpeech]
+
+
+class Session:
+    """An open stream and an iterator of its `FrameChunk`s, in order, each as soon as it is made.
+
+    A live session takes audio through `push_audio`, from any thread, until `end_audio`; iterating waits for it. The
+    session closes itself at its end; close it earlier with `close` or `with`. What it holds does not grow with the
+    stream's length.
+    """
+
+    def __init__(self, parts: SessionParts, release: Callable[[], None], max_blocks: int | None = None) -> None:
+        self._parts = parts
+        self._max_blocks = max_blocks
+        self._block = 0
+        self._executor: ThreadPoolExecutor | None = None
+        self._finalizer = weakref.finalize(self, release)
+
+    @property
+    def height(self) -> int:
+        """Of the frames, in pixels."""
+        return self._parts.geometry.height
+
+    @property
+    def width(self) -> int:
+        """Of the frames, in pixels."""
+        return self._parts.geometry.width
+
+    @property
+    def closed(self) -> bool:
+        return not self._finalizer.alive
+
+    @property
+    def seconds_per_block(self) -> float:
+        """Seconds of video in a block."""
+        return self._parts.geometry.seconds_per_block
+
+    @property
+    def total_blocks(self) -> int | None:
+        """Blocks of the whole stream, once the audio's end is known."""
+        columns = self._parts.features.columns
+        if columns is None:
+            return self._max_blocks
+        blocks = -(-columns // self._parts.geometry.columns_per_block)
+        return blocks if self._max_blocks is None else min(blocks, self._max_blocks)
+
+    def push_audio(self, samples: np.ndarray, actor: int = 0) -> None:
+        """Append live audio: float32 or int16 mono at 16 kHz, any length.
+
+        Raises:
+            SessionError: the session is closed, is not live or has ended its audio, or there is no such actor.
+            InputError: samples of another kind.
+        """
+        self._live_speech(actor).push(samples)
+
+    def end_audio(self, actor: int | None = None) -> None:
+        """Say that no more audio comes, from one actor or (None) from all; the frames end with it."""
+        for index in range(len(self._parts.live)) if actor is None else (actor,):
+            self._live_speech(index).end()
+
+    def frames(self) -> Iterator[FrameChunk]:
+        """The chunks to come; the same as iterating over the session."""
+        return self
+
+    async def aframes(self) -> AsyncIterator[FrameChunk]:
+        """The chunks to come, without blocking the event loop."""
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="liveavatar-session")
+        loop = asyncio.get_running_loop()
+        while (chunk := await loop.run_in_executor(self._executor, next, self, None)) is not None:
+            yield chunk
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> FrameChunk:
+        if self.closed or self._block == self._max_blocks:
+            self.close()
+            raise StopIteration
+        try:
+            chunk = self._next_chunk()
+        except BaseException:
+            self.close()
+            raise
+        if chunk is None:
+            self.close()
+            raise StopIteration
+        return chunk
+
+    def close(self) -> None:
+        """End the session and give its slot back; a second call does nothing."""
+        for speech in self._parts.live:
+            speech.end()
+        if self._executor is not None:
+            self._executor.shutdown(wait=False)
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _next_chunk(self) -> FrameChunk | None:
+        parts, index = self._parts, self._block
+        timer = StageTimer(parts.latents.device)
+        with timer.stage("audio"):
+            states = parts.features.block(index)
+        if states is None or self.closed:
+            return None
+        with timer.stage("denoise"):
+            latents = self._denoise(states, index)
+        with timer.stage("decode"):
+            decoded = to_uint8(parts.decoder.decode(latents))
+        frames = decoded.cpu().numpy()
+        self._block += 1
+        return self._chunk(frames, index, timer.seconds())
+
+    def _denoise(self, states: Tensor, index: int) -> Tensor:
+        parts = self._parts
+        pose = None if parts.pose is None else parts.pose.block(index)
+        return parts.latents.next_block(parts.noise.block(index), states, pose)
+
+    def _chunk(self, frames: np.ndarray, index: int, timings: dict[str, float]) -> FrameChunk:
+        """Cut the portrait's frames off the first block, and what lies past the audio off the last."""
+        columns_per_block = self._parts.geometry.columns_per_block
+        first = index * columns_per_block
+        head = PORTRAIT_FRAMES if index == 0 else 0
+        columns = self._parts.features.columns
+        tail = columns_per_block if columns is None else max(head + 1, min(columns_per_block, columns - first))
+        return FrameChunk(frames[head:tail], index, first + head, timings)
+
+    def _live_speech(self, actor: int) -> LiveSpeech:
+        live = self._parts.live
+        if self.closed:
+            raise SessionError("the session is closed")
+        if not live:
+            raise SessionError("the session plays recorded audio; open_session takes live audio")
+        if not 0 <= actor < len(live):
+            raise SessionError(f"actor {actor}: the session has actors 0 to {len(live) - 1}")
+        return live[actor]
