@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,11 +56,12 @@ class AudioEncoder:
             raise CheckpointError(f"{preprocessor}: sampling rate {rate}, expected {SPEECH_RATE}")
         try:
             with _no_progress_bar():
-                model, report = Wav2Vec2ForCTC.from_pretrained(
+                loaded: Any = Wav2Vec2ForCTC.from_pretrained(
                     folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
                 )
         except Exception as error:  # transformers and its backends raise many types for a damaged folder
             raise CheckpointError(f"{folder}: not a usable wav2vec2 model: {error}") from error
+        model, report = loaded
         if wrong := sorted({*map(str, report["missing_keys"]), *map(str, report["mismatched_keys"])} - _TRAINING_ONLY):
             raise CheckpointError(f"{folder}: tensors missing or of another shape: {listed(wrong)}")
         return cls(model.wav2vec2.eval().requires_grad_(False).to(device), normalize)

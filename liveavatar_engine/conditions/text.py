@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from ..errors import CheckpointError
 from ..weights.tensors import assign, check_names_and_shapes, read_pickle
@@ -41,7 +41,7 @@ def clean_prompt(prompt: str) -> str:
 class TextEncoder:
     """Tokenizer and UMT5 encoder of a checkpoint."""
 
-    def __init__(self, encoder: UMT5EncoderModel, tokenizer: AutoTokenizer) -> None:
+    def __init__(self, encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._encoder, self._tokenizer = encoder, tokenizer
 
     @classmethod
@@ -78,7 +78,7 @@ class TextEncoder:
         return self.encode(ids[0], mask[0])
 
 
-def load_tokenizer(folder: Path) -> AutoTokenizer:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, never from the network."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -124,7 +124,6 @@ def _encoder_config(path: Path, shapes: dict[str, tuple[int, ...]]) -> UMT5Confi
         dropout_rate=0.0,
         is_encoder_decoder=False,
         use_cache=False,
-        tie_word_embeddings=False,
     )
 
 

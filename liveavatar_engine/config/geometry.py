@@ -153,7 +153,8 @@ class StreamGeometry:
         return self.fixed_sink_tokens + self.reference_segment.tokens
 
     def _motion_segments(self) -> tuple[SinkSegment, ...]:
-        segments, newest = [], 0
+        segments: list[SinkSegment] = []
+        newest = 0
         for bucket in MOTION_BUCKETS:
             oldest = newest - bucket.latents
             frame_stride, row_stride, column_stride = bucket.stride

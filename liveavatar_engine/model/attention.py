@@ -121,5 +121,5 @@ class CachedCrossAttention(Projections):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Full attention of [..., queries, heads, head_dim] to [..., keys, heads, head_dim]."""
-    out = F.scaled_dot_product_attention(*(x.transpose(-3, -2).contiguous() for x in (q, k, v)))
-    return out.transpose(-3, -2)
+    q, k, v = (x.transpose(-3, -2).contiguous() for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(-3, -2)

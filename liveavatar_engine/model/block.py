@@ -31,13 +31,13 @@ class TransformerBlock(nn.Module):
         self, x: Tensor, modulation: Tensor, text: KeyValue, ring: KeyValue, sink: KeyValue, view: RingView
     ) -> Tensor:
         """A block's tokens at one timestep: [tokens, dim] -> [tokens, dim]; `modulation` is float32 [6, dim]."""
-        return self._apply(x, modulation, text, lambda normed: self.self_attn(normed, ring, sink, view))
+        return self._residuals(x, modulation, text, lambda normed: self.self_attn(normed, ring, sink, view))
 
     def prefill(self, x: Tensor, modulation: Tensor, text: KeyValue, sink: KeyValue, rotation: Rotation) -> Tensor:
         """Sink tokens, which fill `sink`: [sink_tokens, dim] -> [sink_tokens, dim]."""
-        return self._apply(x, modulation, text, lambda normed: self.self_attn.prefill(normed, sink, rotation))
+        return self._residuals(x, modulation, text, lambda normed: self.self_attn.prefill(normed, sink, rotation))
 
-    def _apply(self, x: Tensor, modulation: Tensor, text: KeyValue, attention: Callable[[Tensor], Tensor]) -> Tensor:
+    def _residuals(self, x: Tensor, modulation: Tensor, text: KeyValue, attention: Callable[[Tensor], Tensor]) -> Tensor:
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation
         dtype, stream = x.dtype, at_least_float32(x)
         stream = stream + gate_attn * attention(modulated_norm(stream, shift_attn, scale_attn, self.eps, dtype))

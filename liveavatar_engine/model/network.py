@@ -109,9 +109,9 @@ class Network(nn.Module):
 
     def time_modulation(self, timestep: float | Tensor) -> TimeModulation:
         """Modulation of every layer and of the head at one timestep in 0..1000."""
-        weight = self.time_embedding[0].weight
-        position = torch.as_tensor(timestep, dtype=torch.float64, device=weight.device)
-        embedding = self.time_embedding(sinusoid(position, self.config.freq_dim).to(weight.dtype))
+        position = torch.as_tensor(timestep, dtype=torch.float64, device=self.device)
+        wide = self.head.modulation.dtype
+        embedding = self.time_embedding(sinusoid(position, self.config.freq_dim).to(wide))
         projection = self.time_projection(embedding).view(6, -1)
         return TimeModulation(
             blocks=torch.stack([block.modulation[0] + projection for block in self._blocks()]),

@@ -148,7 +148,7 @@ class Engine:
         """
         picture = inputs.portrait(image, self.config.parsed_size)
         geometry = self._geometry(picture)
-        live = [LiveSpeech() for _ in actor_masks or [None]]
+        live = [LiveSpeech() for _ in range(len(actor_masks or ()) or 1)]
         features = ActorFeatures(
             [WindowedFeatures(self._audio_encoder, speech, geometry.columns_per_block) for speech in live]
         )

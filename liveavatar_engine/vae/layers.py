@@ -47,8 +47,8 @@ class CausalConv3d(nn.Conv3d):
 
     def __init__(self, channels_in: int, channels_out: int, kernel: tuple[int, int, int]) -> None:
         frames, rows, columns = kernel
-        super().__init__(channels_in, channels_out, kernel, padding=(0, rows // 2, columns // 2))
-        self.past = frames - 1
+        self.past, self.spatial_padding = frames - 1, (0, rows // 2, columns // 2)
+        super().__init__(channels_in, channels_out, kernel, padding=self.spatial_padding)
 
     def step(self, x: Tensor, history: History) -> Tensor:
         """[1, channels_in, frames, height, width] -> [1, channels_out, frames, height, width]."""
@@ -64,7 +64,7 @@ class CausalConv3d(nn.Conv3d):
             return self(x)
         # torch takes its slow path here: its rule for oneDNN overlooks an axis of 5-D inputs (docs/log.md)
         ones = (1, 1, 1)
-        return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, ones, ones, 1)
+        return torch.mkldnn_convolution(x, self.weight, self.bias, self.spatial_padding, ones, ones, 1)
 
 
 class ChannelNorm(nn.Module):

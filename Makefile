@@ -1,0 +1,68 @@
+# One target for each thing people do; `make` alone lists them.
+
+PYTHON ?= python3
+GPU_PYTHON ?= python3
+RESULTS ?= bench/results
+# Not from the environment: names this general belong to other tools too.
+ARGS =
+OUT = demo.mp4
+
+VENV := .venv
+STAMP := $(VENV)/.setup-done
+CHECKPOINT := build/tiny-checkpoint
+# GPU machines may have no network: there, an interpreter that has torch already runs the checkout as it lies.
+GPU_PYTEST = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" RESULTS="$(RESULTS)" "$(GPU_PYTHON)" -m pytest -q -m gpu
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format endurance test-gpu gpu-gate clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## create .venv with everything needed (PYTHON=python3.12, TORCH=cpu|cuda to choose)
+
+# Set up again, too, when the checkout was moved or copied with its environment (the stamp holds the path) or TORCH is given.
+ifneq "$(TORCH)$(shell cat $(STAMP) 2>/dev/null)" "$(CURDIR)"
+.PHONY: $(STAMP)
+endif
+$(STAMP): pyproject.toml setup.py constraints.txt tools/setup_env.sh
+	@rm -f $@
+	@bash tools/setup_env.sh "$(PYTHON)"
+	@pwd -P > $@
+
+demo: $(CHECKPOINT).ready ## make demo.mp4 from the sample portrait and speech, with a tiny random checkpoint (OUT=file.mp4)
+	$(VENV)/bin/liveavatar-engine generate --checkpoint $(CHECKPOINT) --image assets/portrait.png --audio assets/speech.wav \
+		--prompt "A friendly person talks to the camera" --size "256*256" --out "$(OUT)"
+	@echo "The video is in $(OUT) (the weights are random: expect moving patterns, not a person)."
+
+$(CHECKPOINT).ready: $(STAMP)
+	rm -rf $(CHECKPOINT)
+	$(VENV)/bin/liveavatar-engine make-checkpoint --preset tiny $(CHECKPOINT)
+	@touch $@
+
+test: $(STAMP) ## run the tests that need no GPU (ARGS="-k ring" goes to pytest)
+	$(VENV)/bin/python -m pytest -q -m "not gpu" $(ARGS)
+
+lint: $(STAMP) ## check style, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(STAMP) ## format the code and apply ruff's safe fixes
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+endurance: $(STAMP) ## run the tiny model for 10,000 s of video; memory, speed and statistics must stay flat (ARGS=...)
+	$(VENV)/bin/python -m bench.endurance $(ARGS)
+
+test-gpu: ## run the GPU tests with GPU_PYTHON (default python3), which must have torch; installs nothing
+	$(GPU_PYTEST) $(ARGS)
+
+gpu-gate: ## what must pass on a GPU before a release: the GPU tests, their report in RESULTS (bench/results)
+	mkdir -p "$(RESULTS)"
+	$(GPU_PYTEST) --junit-xml="$(RESULTS)/gpu-tests.xml" $(ARGS)
+
+clean: ## remove what was built (.venv stays)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.mp4
+	find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
