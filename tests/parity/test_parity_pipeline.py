@@ -1,0 +1,87 @@
+"""Image and audio columns to frames, all of it the engine's own, against the reference."""
+
+import pytest
+import torch
+from conftest import CPU, GoldenCase, golden_cases, relative_error
+from torch import Tensor
+
+from liveavatar_engine.conditions.still import still_conditions
+from liveavatar_engine.config import StreamGeometry
+from liveavatar_engine.denoise.caches import CacheArena
+from liveavatar_engine.denoise.noise import BlockNoise
+from liveavatar_engine.denoise.schedule import flow_match_schedule
+from liveavatar_engine.denoise.stream import Denoiser, LatentStream, SinkPolicy
+from liveavatar_engine.pipeline.session import Session, SessionParts
+
+
+class GoldenColumns:
+    """The case's audio columns in place of encoded speech."""
+
+    def __init__(self, audio: Tensor, columns_per_block: int) -> None:
+        self.columns = audio.shape[-1]
+        self._audio, self._per_block = audio, columns_per_block
+
+    def block(self, index: int) -> Tensor | None:
+        first = index * self._per_block
+        return self._audio[..., first : first + self._per_block] if first < self.columns else None
+
+
+class FloatDecoder:
+    """Keeps the decoded frames as they are before they become uint8."""
+
+    def __init__(self, stream) -> None:
+        self._stream = stream
+        self.frames: list[Tensor] = []
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.frames.append(self._stream.decode(latents))
+        return self.frames[-1]
+
+
+@pytest.mark.parametrize("case", golden_cases("pipeline"))
+def test_image_to_frames(case: GoldenCase, network, vae) -> None:
+    parameters = case.parameters
+    height, width = parameters["hw"]
+    geometry = StreamGeometry(
+        network.config, height, width, parameters["frames_per_block"], parameters["window_frames"]
+    )
+    still = still_conditions(
+        vae, case["image"][0, :, 0], parameters["reference_frames"], parameters["motion_source_frames"]
+    )
+    assert relative_error(still.reference[None], case["ref_latents"]) <= 1e-5
+    assert relative_error(still.motion[None], case["motion_latents"]) <= 1e-5
+    assert relative_error(still.priming[None], case["decoder_prime_latents"]) <= 1e-5
+
+    noise = BlockNoise(geometry, parameters["seed"])
+    drawn = torch.cat([noise.block(index) for index in range(parameters["blocks"])], dim=1)
+    assert torch.equal(drawn, case["noise"])
+
+    denoiser = Denoiser(network, flow_match_schedule(parameters["steps"], parameters["shift"]))
+    latents = LatentStream(
+        denoiser,
+        geometry,
+        CacheArena(geometry, parameters["steps"], 1, torch.float32, CPU).caches(0),
+        text=network.text_keys(case["context"]),
+        reference=still.reference,
+        motion=still.motion,
+        policy=SinkPolicy(parameters["relative_dist"], parameters["sink_update_after"], parameters["seed"]),
+    )
+    produced = []
+    original = latents.next_block
+    latents.next_block = lambda *arguments: produced.append(original(*arguments)) or produced[-1]
+    decoder = FloatDecoder(vae.decoder_stream())
+    decoder.decode(still.priming)
+    decoder.frames.clear()
+    features = GoldenColumns(case["audio_input"], geometry.columns_per_block)
+    session = Session(SessionParts(geometry, features, noise, latents, decoder, None, []), release=lambda: None)
+    chunks = list(session)
+
+    for block, expected in enumerate(case["latents"]):
+        assert relative_error(produced[block], expected) <= 1e-5, f"block {block}"
+    dropped = parameters["blocks"] * geometry.columns_per_block - case["frames"].shape[2]
+    frames = torch.cat(decoder.frames, dim=1)[:, dropped:]
+    assert (frames - case["frames"][0]).abs().max() <= 1e-3
+    assert sum(len(chunk.frames) for chunk in chunks) == case["frames"].shape[2]
+    assert chunks[0].start_column == dropped
+    as_pixels = torch.cat([torch.from_numpy(chunk.frames) for chunk in chunks]).float() / 127.5 - 1
+    assert (as_pixels.permute(3, 0, 1, 2) - case["frames"][0]).abs().max() <= 1 / 255 + 1e-3
