@@ -1,0 +1,92 @@
+"""Streams without end: float32 streams far out against the same stream computed in float64 throughout."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, relative_error
+
+from liveavatar_engine.config import StreamGeometry
+from liveavatar_engine.denoise.caches import CacheArena
+from liveavatar_engine.denoise.noise import BlockNoise
+from liveavatar_engine.denoise.positions import StreamPositions
+from liveavatar_engine.denoise.schedule import flow_match_schedule
+from liveavatar_engine.denoise.stream import Denoiser, LatentStream, SinkPolicy
+from liveavatar_engine.model import Network
+from liveavatar_engine.model.rope import AxisFrequencies
+
+
+def _latents(network: Network, first_frame: int, blocks: int) -> list[torch.Tensor]:
+    """A stream with an update of the sink and a full, wrapped ring, in the network's dtype."""
+    geometry = StreamGeometry(network.config, 64, 80)
+    generator = torch.Generator().manual_seed(7)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(network.dtype)  # noqa: E731
+    noise = BlockNoise(geometry, 5)
+    caches = CacheArena(geometry, 4, 1, network.dtype, CPU).caches(0)
+    channels, _, height, width = geometry.block_shape
+    with torch.inference_mode():
+        stream = LatentStream(
+            Denoiser(network, flow_match_schedule(4)),
+            geometry,
+            caches,
+            text=network.text_keys(draw(5, network.config.text_dim)),
+            reference=draw(channels, 1, height, width),
+            motion=draw(channels, 19, height, width),
+            policy=SinkPolicy("random", 2, seed=3),
+            first_frame=first_frame,
+        )
+        states = draw(1, network.config.audio_layers, network.config.audio_dim, 12)
+        return [stream.next_block(noise.block(index).to(network.dtype), states) for index in range(blocks)]
+
+
+@pytest.mark.parametrize("first_frame", [0, 44_998, 1_000_000, 10**12], ids=lambda n: f"from {n}")
+def test_latents_equal_exact_angles(first_frame: int, network: Network) -> None:
+    ours = _latents(network, first_frame, blocks=6)
+    exact = _latents(copy.deepcopy(network).double(), first_frame, blocks=6)
+    assert exact[0].dtype == torch.float64
+    for block, (latents, truth) in enumerate(zip(ours, exact, strict=True)):
+        assert relative_error(latents, truth) <= 1e-5, f"block {block}"
+
+
+def test_positions_matter(network: Network) -> None:
+    near, far = (_latents(network, first, blocks=2) for first in (0, 1_000_000))
+    assert relative_error(far[1], near[1]) > 1e-4
+
+
+def test_angles_of_a_late_block_are_exact() -> None:
+    """Against Python's integers reduced modulo a turn, where the frequency is 1."""
+    angle = AxisFrequencies.of(32).time_angles([123_456_789])[0, 0]
+    assert abs(float(angle.cos()) - np.cos(np.longdouble(123_456_789))) < 1e-8
+
+
+def test_the_ring_is_written_in_order_and_wraps(network: Network) -> None:
+    geometry = StreamGeometry(network.config, 64, 64)
+    positions = StreamPositions(geometry, CPU)
+    views = [positions.block_views(block, [10])[0] for block in range(9)]
+    tokens = geometry.tokens_per_block
+    assert [view.start for view in views] == [0, tokens, 2 * tokens, 3 * tokens] * 2 + [0]
+    assert [view.valid for view in views] == [tokens, 2 * tokens, 3 * tokens] + [4 * tokens] * 6
+
+
+@pytest.mark.parametrize(
+    ("block", "distance", "shift"), [(0, 4, 0), (0, 30, 0), (9, 4, 1), (10, 30, 30), (100, 17, 287)]
+)
+def test_the_reference_rolls_along_but_never_back(block: int, distance: int, shift: int, network: Network) -> None:
+    positions = StreamPositions(StreamGeometry(network.config, 64, 64), CPU)
+    view = positions.block_views(block, [distance])[0]
+    expected = AxisFrequencies.of(network.config.head_dim).time_angles([shift])[0]
+    assert torch.allclose(view.shift.cos, expected.cos().float())
+    assert torch.allclose(view.shift.sin, expected.sin().float())
+
+
+def test_block_angles_are_rewritten_in_place(network: Network) -> None:
+    geometry = StreamGeometry(network.config, 64, 80)
+    positions = StreamPositions(geometry, CPU)
+    frequencies = AxisFrequencies.of(network.config.head_dim)
+    storage = positions.block_views(0, [10])[0].rotation.cos.data_ptr()
+    rotation = positions.block_views(7, [10])[0].rotation
+    angles = frequencies.angles(range(21, 24), range(geometry.grid_rows), range(geometry.grid_columns))
+    assert rotation.cos.data_ptr() == storage
+    assert torch.equal(rotation.cos, angles.cos().float())
+    assert torch.equal(rotation.sin, angles.sin().float())
