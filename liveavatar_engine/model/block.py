@@ -37,10 +37,10 @@ class TransformerBlock(nn.Module):
         """Sink tokens, which fill `sink`: [sink_tokens, dim] -> [sink_tokens, dim]."""
         return self._residuals(x, modulation, text, lambda normed: self.self_attn.prefill(normed, sink, rotation))
 
-    def _residuals(self, x: Tensor, modulation: Tensor, text: KeyValue, attention: Callable[[Tensor], Tensor]) -> Tensor:
+    def _residuals(self, x: Tensor, modulation: Tensor, text: KeyValue, attend: Callable[[Tensor], Tensor]) -> Tensor:
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation
         dtype, stream = x.dtype, at_least_float32(x)
-        stream = stream + gate_attn * attention(modulated_norm(stream, shift_attn, scale_attn, self.eps, dtype))
+        stream = stream + gate_attn * attend(modulated_norm(stream, shift_attn, scale_attn, self.eps, dtype))
         stream = stream + self.cross_attn(self.norm3(stream, dtype), text)
         stream = stream + gate_ffn * self.ffn(modulated_norm(stream, shift_ffn, scale_ffn, self.eps, dtype))
         return stream.to(dtype)
