@@ -11,7 +11,7 @@ VENV := .venv
 STAMP := $(VENV)/.setup-done
 CHECKPOINT := build/tiny-checkpoint
 # GPU machines may have no network: there, an interpreter that has torch already runs the checkout as it lies.
-GPU_PYTEST = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" RESULTS="$(RESULTS)" "$(GPU_PYTHON)" -m pytest -q -m gpu
+GPU_PYTEST = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" RESULTS="$(RESULTS)" "$(GPU_PYTHON)" -m pytest -q -m gpu tests/gpu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -54,6 +54,8 @@ class Session:
         self._max_blocks = max_blocks
         self._block = 0
         self._executor: ThreadPoolExecutor | None = None
+        self.last_latents: Tensor | None = None
+        """Latents of the chunk delivered last: float32 [channels, frames, latent_height, latent_width]."""
         self._finalizer = weakref.finalize(self, release)
 
     @property
@@ -153,6 +155,7 @@ class Session:
         with timer.stage("decode"):
             decoded = to_uint8(parts.decoder.decode(latents))
         frames = decoded.cpu().numpy()
+        self.last_latents = latents
         self._block += 1
         return self._chunk(frames, index, timer.seconds())
 

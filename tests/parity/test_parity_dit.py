@@ -12,10 +12,15 @@ from liveavatar_engine.denoise.schedule import Schedule, flow_match_schedule
 from liveavatar_engine.denoise.stream import Denoiser, LatentStream, SinkPolicy
 from liveavatar_engine.model import Network
 from liveavatar_engine.model.rope import AxisFrequencies, rotation_of
+from liveavatar_engine.weights.network import load_network
+
+
+BF16_ERROR = 2 * 2**-8
+"""Two units of bf16's precision; one is what the engine measures on a CPU."""
 
 
 class GoldenStream:
-    """A golden `dit` case run through the engine's own stream."""
+    """A golden `dit` case run through the engine's own stream, in the network's dtype."""
 
     def __init__(self, case: GoldenCase, network: Network) -> None:
         parameters = case.parameters
@@ -86,6 +91,13 @@ def stream(request, network) -> GoldenStream:
 def test_latents(stream: GoldenStream) -> None:
     for block, latents in enumerate(stream.latents):
         assert relative_error(latents, stream.case["latents"][block]) <= 1e-5, f"block {block}"
+
+
+@pytest.mark.parametrize("case", golden_cases("dit"))
+def test_latents_in_bf16(case: GoldenCase, checkpoint) -> None:
+    low = GoldenStream(case, load_network(checkpoint, None, torch.bfloat16, CPU))
+    for block, latents in enumerate(low.latents):
+        assert relative_error(latents, case["latents"][block]) <= BF16_ERROR, f"block {block}"
 
 
 def test_velocities(stream: GoldenStream) -> None:
