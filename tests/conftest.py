@@ -1,62 +1,15 @@
-"""What all tests share: the golden set, its checkpoint loaded once, NaN-poisoned uninitialised memory."""
+"""What all tests share: the golden checkpoint loaded once, NaN-poisoned uninitialised memory."""
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from support import CPU, GOLDEN
 from torch import Tensor
-
-GOLDEN = Path(os.environ.get("LIVEAVATAR_GOLDEN", Path(__file__).parent / "golden"))
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class GoldenCase:
-    """One file of the golden set: its tensors, and the parameters in its metadata."""
-
-    name: str
-    parameters: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    @classmethod
-    @cache
-    def load(cls, path: Path) -> GoldenCase:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            parameters = {name: json.loads(text) for name, text in file.metadata().items()}
-        return cls(path.stem, parameters, tensors)
-
-
-def golden_cases(kind: str) -> list[Any]:
-    """Every golden case of a kind, as pytest parameters."""
-    cases = [GoldenCase.load(path) for path in sorted((GOLDEN / "cases").glob("*.safetensors"))]
-    return [pytest.param(case, id=case.name) for case in cases if case.parameters["kind"] == kind]
-
-
-def speech(seconds: float, seed: int = 0) -> np.ndarray:
-    """Something like speech: noise with a syllable-like loudness, float32 mono at 16 kHz."""
-    count = round(seconds * 16_000)
-    loudness = np.abs(np.sin(np.arange(count) / 16_000 * 2 * np.pi * 2.5))
-    return (np.random.default_rng(seed).standard_normal(count) * 0.1 * loudness).astype(np.float32)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||, in float64."""
-    assert actual.shape == expected.shape
-    assert not actual.isnan().any()
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.fixture(autouse=True)

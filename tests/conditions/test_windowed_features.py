@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, relative_error, speech
+from support import CPU, relative_error, speech
 
 from liveavatar_engine.conditions.audio_encoder import AudioEncoder, features_30hz, pick_columns, state_moments
 from liveavatar_engine.conditions.audio_features import (

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, relative_error
+from support import CPU, relative_error
 
 from liveavatar_engine.config import StreamGeometry
 from liveavatar_engine.denoise.caches import CacheArena

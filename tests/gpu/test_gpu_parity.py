@@ -5,7 +5,7 @@ Imports nothing beyond torch, numpy, safetensors, transformers and pytest: the m
 
 import pytest
 import torch
-from conftest import GoldenCase, golden_cases, relative_error
+from support import GoldenCase, golden_cases, relative_error
 
 from liveavatar_engine.config import StreamGeometry
 from liveavatar_engine.denoise.caches import CacheArena

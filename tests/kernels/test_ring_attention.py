@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import relative_error
 from liveavatar_kernels.ring_attention import reference as implementation
 from liveavatar_kernels.ring_attention import ring_attention
+from support import relative_error
 
 from liveavatar_engine.model.rope import AxisFrequencies
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import relative_error
 from liveavatar_kernels.ring_write import ring_write
+from support import relative_error
 
 from liveavatar_engine.model.rope import AxisFrequencies
 

@@ -1,7 +1,7 @@
 """wav2vec2 states, their 30 Hz features and the model's audio columns against the reference."""
 
 import pytest
-from conftest import CPU, GoldenCase, golden_cases, relative_error
+from support import CPU, GoldenCase, golden_cases, relative_error
 
 from liveavatar_engine.conditions.audio_encoder import AudioEncoder, features_30hz, pick_columns, state_moments
 from liveavatar_engine.conditions.audio_features import GlobalFeatures

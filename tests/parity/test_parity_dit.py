@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CPU, GoldenCase, golden_cases, relative_error
+from support import CPU, GoldenCase, golden_cases, relative_error
 from torch import Tensor
 
 from liveavatar_engine.config import StreamGeometry
@@ -13,7 +13,6 @@ from liveavatar_engine.denoise.stream import Denoiser, LatentStream, SinkPolicy
 from liveavatar_engine.model import Network
 from liveavatar_engine.model.rope import AxisFrequencies, rotation_of
 from liveavatar_engine.weights.network import load_network
-
 
 BF16_ERROR = 2 * 2**-8
 """Two units of bf16's precision; one is what the engine measures on a CPU."""

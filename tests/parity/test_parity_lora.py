@@ -1,7 +1,7 @@
 """Merged adapter weights against the reference, under both naming styles."""
 
 import pytest
-from conftest import CPU, GOLDEN, GoldenCase, golden_cases, relative_error
+from support import CPU, GOLDEN, GoldenCase, golden_cases, relative_error
 from torch import float32
 
 from liveavatar_engine.weights.network import load_network

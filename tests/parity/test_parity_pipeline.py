@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CPU, GoldenCase, golden_cases, relative_error
+from support import CPU, GoldenCase, golden_cases, relative_error
 from torch import Tensor
 
 from liveavatar_engine.conditions.still import still_conditions

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CPU, GoldenCase, golden_cases, relative_error
+from support import CPU, GoldenCase, golden_cases, relative_error
 
 from liveavatar_engine.conditions.text import TextEncoder
 from liveavatar_engine.weights.layout import Checkpoint

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GoldenCase, golden_cases, relative_error
+from support import GoldenCase, golden_cases, relative_error
 
 from liveavatar_engine.vae.vae import Vae
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import speech
+from support import speech
 
 from liveavatar_engine import Engine, EngineConfig, FrameChunk, Session
 from liveavatar_engine.conditions import audio_features

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, GOLDEN
 from safetensors.torch import load_file, save_file
+from support import CPU, GOLDEN
 
 from liveavatar_engine.conditions.audio_encoder import AudioEncoder
 from liveavatar_engine.conditions.text import TextEncoder
