@@ -7,7 +7,6 @@ python -m bench.endurance --seconds 60            a quick look
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import platform
 import subprocess
@@ -69,7 +68,7 @@ def run(session: Session, seconds: float, console: Console) -> list[Measurement]
 
 
 def drifts(measurements: list[Measurement]) -> list[str]:
-    """What is not flat, as sentences; the first mark's window holds warm-up and the sink's change and is not the base."""
+    """What is not flat, as sentences. The first mark's window holds warm-up and the sink's change: it is no base."""
     base, *later = measurements[1:] if len(measurements) > 2 else measurements
     found = []
     for one in later:
@@ -88,7 +87,8 @@ def drifts(measurements: list[Measurement]) -> list[str]:
 def table(measurements: list[Measurement]) -> str:
     """The measurements as a Markdown table."""
     rows = [
-        f"| {m.seconds:,.0f} | {m.block:,} | {m.memory_mb:.0f} | {m.block_ms:.1f} | {m.latent_mean:+.4f} | {m.latent_std:.4f} |"
+        f"| {m.seconds:,.0f} | {m.block:,} | {m.memory_mb:.0f} | {m.block_ms:.1f} "
+        f"| {m.latent_mean:+.4f} | {m.latent_std:.4f} |"
         for m in measurements
     ]
     head = "| at (s) | block | memory (MB, RSS) | block time (ms, median) | latent mean | latent std |"

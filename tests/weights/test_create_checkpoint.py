@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import speech
 from safetensors import safe_open
+from support import speech
 from transformers import AutoTokenizer
 
 from liveavatar_engine import Engine, EngineConfig
@@ -32,6 +32,14 @@ NETWORK = "diffusion_pytorch_model.safetensors"
 VAE = "Wan2.1_VAE.pth"
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 AUDIO_ENCODER = "wav2vec2-large-xlsr-53-english"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def real_constructors() -> None:
+    """`torch.device` lists the constructors it redirects once: let it see the real torch.empty, not a poisoned one."""
+    torch.utils._device._device_constructors.cache_clear()
+    with torch.device("meta"):
+        assert torch.empty(0).is_meta
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +133,17 @@ def test_safetensors_say_that_they_are_pytorchs(tiny: Path) -> None:
             assert opened.metadata() == {"format": "pt"}
 
 
-def test_every_preset_gives_a_lively_video(tiny: Path) -> None:
+def test_the_video_is_lively(tiny: Path) -> None:
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     engine = Engine.from_pretrained(tiny, config=EngineConfig(size="64x64", devices="cpu"))
     frames = np.concatenate([chunk.frames for chunk in engine.generate(image, speech(1.44), "a person speaks")])
     assert frames.std() > 20
     assert frames.std(axis=0).mean() > 20
     assert ((frames == 0) | (frames == 255)).mean() < 0.3
-    assert sum(path.stat().st_size for path in tiny.rglob("*")) < 10_000_000
+
+
+def test_tiny_is_tiny(tiny: Path) -> None:
+    assert sum(len(content) for content in _files(tiny).values()) < 5_000_000
 
 
 def test_weights_move_the_video_with_the_audio_the_prompt_and_the_image(tiny: Path) -> None:
@@ -268,7 +279,7 @@ def _left_over(folder: Path) -> Path:
         (_a_file, "is a file; a checkpoint goes to a new or empty folder"),
         (lambda folder: folder / "no" / "new", "the folder .*/no does not exist; create it first"),
         (_left_over, r"\.new\.part: left by a run that was killed"),
-        (lambda _: Path("/proc/new"), "No such file|no permission|not permitted"),
+        (lambda _: Path("/proc/new"), "No such file|no permission|the disk has 0.000 GB free"),
         (lambda folder: folder / ("n" * 260), "File name too long"),
     ],
     ids=["occupied", "file", "no-parent", "left-over", "proc", "long-name"],
