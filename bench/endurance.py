@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="Markdown page to write the table to")
     arguments = parser.parse_args()
     console = Console(stderr=True)
-    started = time.perf_counter()
+    started, commit = time.perf_counter(), _commit()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.checkpoint or Path(folder) / "tiny"
         if arguments.checkpoint is None:
@@ -111,13 +111,13 @@ def main() -> int:
         engine = Engine.from_pretrained(checkpoint, config=EngineConfig(size=arguments.size, features="windowed"))
         with engine.open_session(_picture(arguments.size), "a person talks") as session:
             measurements = run(session, arguments.seconds, console)
-    page = f"{table(measurements)}\n\n{_conditions(engine, time.perf_counter() - started)}\n"
-    console.print(page, markup=False)
+    page = f"{table(measurements)}\n\n{_conditions(engine, commit, time.perf_counter() - started)}\n"
+    console.print(page, markup=False, soft_wrap=True)
     if arguments.out is not None:
         arguments.out.write_text(f"{_HEAD}\n{page}", encoding="utf-8")
     found = drifts(measurements)
     for sentence in found:
-        console.print(f"NOT FLAT: {sentence}")
+        console.print(f"NOT FLAT: {sentence}", soft_wrap=True)
     return 1 if found else 0
 
 
@@ -167,11 +167,15 @@ def _picture(size: str) -> np.ndarray:
     return np.stack((rows % 256, columns % 256, (rows + columns) % 256), axis=-1).astype(np.uint8)
 
 
-def _conditions(engine: Engine, seconds: float) -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def _conditions(engine: Engine, commit: str, seconds: float) -> str:
     device = torch.cuda.get_device_name() if engine.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
     return (
-        f"Commit {commit.stdout.strip() or 'unknown'}; {device}; Python {platform.python_version()}, "
+        f"Commit {commit}; {device}; Python {platform.python_version()}, "
         f"torch {torch.__version__}; `python -m bench.endurance {' '.join(sys.argv[1:])}`; {seconds / 60:.0f} minutes. "
         f"Each row is over {WINDOW} blocks. A CPU's block time says nothing about a GPU; that it stays the same does."
     )
