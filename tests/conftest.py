@@ -12,6 +12,19 @@ from support import CPU, GOLDEN
 from torch import Tensor
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Models this small are faster on one thread than on two that wait for each other, above all beside other work."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real_constructors() -> None:
+    """`torch.device` lists the constructors that it redirects once: let it see torch.empty before it is poisoned."""
+    with torch.device("meta"):
+        assert torch.empty(0).is_meta
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make torch.empty return NaN, so that nothing that was never written can be read unnoticed."""

@@ -23,7 +23,7 @@ _EXAMPLES = """examples:
   liveavatar-engine inspect ckpt/Wan2.2-S2V-14B
   liveavatar-engine inspect ckpt/Wan2.2-S2V-14B --size 720x400 --precision bf16 --sessions 2
 
-Nothing of the network is loaded: only file headers are read. An area (W*H) is taken for a 16:9 picture.
+Of the network only file headers are read. An area (W*H) is taken for a 16:9 picture.
 The exit code is 0 when an engine can load the checkpoint, 1 when not.
 """
 

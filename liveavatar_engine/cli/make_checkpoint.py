@@ -14,7 +14,7 @@ PRESET_NAMES = ("tiny", "small", "14b")
 
 _EXAMPLES = """examples:
   liveavatar-engine make-checkpoint --preset tiny build/tiny      a few MB, for trying things
-  liveavatar-engine make-checkpoint --preset 14b /data/random     the real sizes, about 47 GB
+  liveavatar-engine make-checkpoint --preset 14b /data/random     the real sizes, about 46 GB
 
 The layout is the reference's: config.json, sharded safetensors, VAE, text encoder with tokenizer, wav2vec2.
 Weights are random: the video is moving patterns. The folder appears when it is complete.

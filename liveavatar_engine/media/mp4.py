@@ -26,7 +26,8 @@ TAGS = frozenset(
 )
 """Metadata keys that an mp4 can hold under names every player knows."""
 
-_X264 = {"preset": "veryfast", "crf": "18"}
+_X264 = {"preset": "veryfast", "crf": "18", "x264-params": "mbtree=0"}
+"""Without macroblock-tree rate control, which makes one of several files of the same small pictures (docs/log.md)."""
 _BT709 = 1  # matrix, primaries and transfer alike, in ITU-T H.273
 _AAC_BITRATE = 96_000
 _AAC_MOST_BITS_PER_SAMPLE = 6

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..conditions.actors import actor_mask
 from ..conditions.audio_encoder import AudioEncoder
@@ -20,7 +22,7 @@ from ..conditions.still import still_conditions, to_pixels
 from ..conditions.text import TextEncoder
 from ..config import EngineConfig, StreamGeometry
 from ..config.geometry import FRAMES_PER_SECOND
-from ..denoise.caches import CacheArena
+from ..denoise.caches import CacheArena, StreamCaches
 from ..denoise.noise import BlockNoise, check_seed
 from ..denoise.schedule import flow_match_schedule
 from ..denoise.stream import Denoiser, LatentStream, SinkPolicy
@@ -39,6 +41,26 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 DEFAULT_SEED = 420
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What a session shows, read and checked.
+
+    Attributes:
+        geometry: of the stream.
+        pixels: the portrait, float32 [3, height, width] in [-1, 1].
+        prompt, seed: as given.
+        actor_mask: [actors, 1, tokens_per_frame, 1] on the device, or None.
+        pose: of a pose video, or None.
+    """
+
+    geometry: StreamGeometry
+    pixels: Tensor
+    prompt: str
+    seed: int
+    actor_mask: Tensor | None
+    pose: PoseStream | None
 
 
 class Engine:
@@ -125,12 +147,11 @@ class Engine:
         if max_blocks is not None and (not isinstance(max_blocks, int) or max_blocks < 1):
             raise ConfigError(f"max_blocks must be an integer, at least 1, not {max_blocks!r}")
         actors = 1 if isinstance(audio, inputs.AudioInput) else len(audio)
-        picture = inputs.portrait(image, self.config.parsed_size)
-        geometry = self._geometry(picture)
+        scene = self._scene(image, prompt, seed, actors, actor_masks, pose_video)
         features = inputs.recorded_features(
-            audio, self._audio_encoder, self.config.features, geometry.columns_per_block
+            audio, self._audio_encoder, self.config.features, scene.geometry.columns_per_block
         )
-        return self._open(picture, geometry, prompt, seed, features, actors, actor_masks, pose_video, [], max_blocks)
+        return self._open(scene, features, live=[], max_blocks=max_blocks)
 
     def open_session(
         self,
@@ -146,84 +167,80 @@ class Engine:
         Audio states are "windowed" whatever the configuration says: the utterance's length is unknown. With
         `actor_masks` there is one actor per mask. Other arguments and errors as for `generate`.
         """
-        picture = inputs.portrait(image, self.config.parsed_size)
-        geometry = self._geometry(picture)
         live = [LiveSpeech() for _ in range(len(actor_masks or ()) or 1)]
-        features = ActorFeatures(
-            [WindowedFeatures(self._audio_encoder, speech, geometry.columns_per_block) for speech in live]
-        )
-        return self._open(picture, geometry, prompt, seed, features, len(live), actor_masks, pose_video, live, None)
+        scene = self._scene(image, prompt, seed, len(live), actor_masks, pose_video)
+        per_block = scene.geometry.columns_per_block
+        features = ActorFeatures([WindowedFeatures(self._audio_encoder, speech, per_block) for speech in live])
+        return self._open(scene, features, live, max_blocks=None)
 
-    def _geometry(self, picture: np.ndarray) -> StreamGeometry:
-        height, width, _ = picture.shape
-        return StreamGeometry(self._network.config, height, width, motion_tokens=self.config.motion_tokens)
-
-    def _open(
+    def _scene(
         self,
-        picture: np.ndarray,
-        geometry: StreamGeometry,
+        image: str | Path | Image.Image | np.ndarray,
         prompt: str,
         seed: int,
-        features: Features,
         actors: int,
         masks: Sequence[str | Path | np.ndarray] | None,
         pose_video: str | Path | None,
-        live: list[LiveSpeech],
-        max_blocks: int | None,
-    ) -> Session:
+    ) -> _Scene:
+        """Read and check everything but the audio."""
         seed = check_seed(seed)
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt: expected text, not {type(prompt).__name__}")
         if (actors > 1 or masks is not None) and len(masks or ()) != actors:
             raise InputError(f"{actors} audio tracks and {len(masks or ())} actor masks: expected one mask per track")
-        mask = None
+        picture = inputs.portrait(image, self.config.parsed_size)
+        height, width, _ = picture.shape
+        geometry = StreamGeometry(self._network.config, height, width, motion_tokens=self.config.motion_tokens)
+        mask = pose = None
         if masks is not None:
-            mask = actor_mask(inputs.actor_masks(masks, geometry.height, geometry.width), geometry).to(self.device)
-        pose = None
+            mask = actor_mask(inputs.actor_masks(masks, height, width), geometry).to(self.device)
         if pose_video is not None:
-            frames = inputs.pose_frames(pose_video, geometry.height, geometry.width, FRAMES_PER_SECOND)
-            pose = PoseStream(self._vae, frames, geometry)
-        still = still_conditions(self._vae, to_pixels(picture).to(self.device))
+            pose = PoseStream(self._vae, inputs.pose_frames(pose_video, height, width, FRAMES_PER_SECOND), geometry)
+        return _Scene(geometry, to_pixels(picture), prompt, seed, mask, pose)
+
+    def _open(self, scene: _Scene, features: Features, live: list[LiveSpeech], max_blocks: int | None) -> Session:
+        """Encode the portrait and the prompt, take a slot and prefill its sink."""
+        still = still_conditions(self._vae, scene.pixels.to(self.device))
         decoder = self._vae.decoder_stream()
         decoder.decode(still.priming)
-        slot = self._take_slot(geometry)
+        with torch.inference_mode():
+            context = self._text_encoder.context(scene.prompt, self._network.config.text_len)
+            text = self._network.text_keys(context)
+        slot, caches = self._take_slot(scene.geometry)
         try:
-            assert self._arena is not None
             latents = LatentStream(
                 self._denoiser,
-                geometry,
-                self._arena.caches(slot),
-                text=self._text_keys(prompt),
+                scene.geometry,
+                caches,
+                text=text,
                 reference=still.reference,
                 motion=still.motion,
-                policy=SinkPolicy(self.config.sink_distance, self.config.sink_update_after, seed),
-                actor_mask=mask,
+                policy=SinkPolicy(self.config.sink_distance, self.config.sink_update_after, scene.seed),
+                actor_mask=scene.actor_mask,
             )
         except BaseException:
             self._give_slot_back(slot)
             raise
-        parts = SessionParts(geometry, features, BlockNoise(geometry, seed), latents, decoder, pose, live)
+        noise = BlockNoise(scene.geometry, scene.seed)
+        parts = SessionParts(scene.geometry, features, noise, latents, decoder, scene.pose, live)
         return Session(parts, lambda: self._give_slot_back(slot), max_blocks)
 
-    @torch.inference_mode()
-    def _text_keys(self, prompt: str) -> list:
-        if not isinstance(prompt, str):
-            raise InputError(f"prompt: expected text, not {type(prompt).__name__}")
-        return self._network.text_keys(self._text_encoder.context(prompt, self._network.config.text_len))
-
-    def _take_slot(self, geometry: StreamGeometry) -> int:
+    def _take_slot(self, geometry: StreamGeometry) -> tuple[int, StreamCaches]:
         """A free slot in the arena, which is made at the first session and when the size changes between sessions."""
         with self._lock:
             if not self._free_slots:
                 raise SessionError(
                     f"all {self.config.max_sessions} sessions are open: close one, or set EngineConfig.max_sessions"
                 )
-            if geometry != self._arena_geometry:
+            if self._arena is None or geometry != self._arena_geometry:
                 if len(self._free_slots) < self.config.max_sessions:
                     raise SessionError("sessions of another picture size are open; sizes cannot be mixed in an engine")
                 self._arena = None
                 slots, dtype = self.config.max_sessions, self._network.dtype
                 self._arena = CacheArena(geometry, self.config.steps, slots, dtype, self.device)
                 self._arena_geometry = geometry
-            return self._free_slots.pop()
+            slot = self._free_slots.pop()
+            return slot, self._arena.caches(slot)
 
     def _give_slot_back(self, slot: int) -> None:
         with self._lock:

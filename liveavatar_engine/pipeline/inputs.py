@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-ImageInput = "str | Path | Image.Image | np.ndarray"
 AudioInput = str | Path | np.ndarray
 
 

@@ -54,8 +54,13 @@ def test_thirty_seconds_of_audio_are_thirty_seconds_of_video(engine: Engine, fac
     assert last.end_time == 30.0
 
 
-def test_same_seed_same_bits(engine: Engine, face: np.ndarray) -> None:
-    first, again, other = (_frames(engine.generate(face, speech(2.6), "x", seed=seed)) for seed in (7, 7, 8))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_same_seed_same_bits(threads: int, engine: Engine, face: np.ndarray) -> None:
+    torch.set_num_threads(threads)
+    try:
+        first, again, other = (_frames(engine.generate(face, speech(2.6), "x", seed=seed)) for seed in (7, 7, 8))
+    finally:
+        torch.set_num_threads(1)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
@@ -256,7 +261,9 @@ def test_memory_stays_flat_over_a_long_stream(checkpoint: Path) -> None:
     script = """
 import resource, sys
 import numpy as np
+import torch
 from liveavatar_engine import Engine, EngineConfig
+torch.set_num_threads(1)
 engine = Engine.from_pretrained(sys.argv[1], config=EngineConfig(size="64x64", devices="cpu", features="windowed"))
 rng = np.random.default_rng(0)
 with engine.open_session(np.zeros((64, 64, 3), np.uint8)) as session:

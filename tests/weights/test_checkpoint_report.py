@@ -36,14 +36,6 @@ META = torch.device("meta")
 ON_CPU = EngineConfig(size="64x64", devices="cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def real_constructors() -> None:
-    """`torch.device` lists the constructors it redirects once: let it see the real torch.empty, not a poisoned one."""
-    torch.utils._device._device_constructors.cache_clear()
-    with torch.device("meta"):
-        assert torch.empty(0).is_meta
-
-
 @pytest.fixture
 def copy(checkpoint: Path, tmp_path: Path) -> Path:
     """The golden checkpoint, to be damaged."""
