@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import CPU, GOLDEN
+from support import CPU, GOLDEN, OWN_GOLDEN
 from torch import Tensor
 
 
@@ -39,14 +39,32 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint() -> Path:
-    return GOLDEN / "checkpoint"
+    return OWN_GOLDEN / "checkpoint"
 
 
 @pytest.fixture(scope="session")
 def network(checkpoint: Path) -> Any:
-    from liveavatar_engine.weights.network import load_network
+    return _network(checkpoint)
 
-    return load_network(checkpoint, None, torch.float32, CPU)
+
+@pytest.fixture(scope="session")
+def vae(checkpoint: Path) -> Any:
+    return _vae(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoint() -> Path:
+    return GOLDEN / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def golden_network(golden_checkpoint: Path) -> Any:
+    return _network(golden_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def golden_vae(golden_checkpoint: Path) -> Any:
+    return _vae(golden_checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +83,13 @@ def face() -> np.ndarray:
     return np.stack((rows * 2 + disc, columns * 2 + disc, 60 + disc), axis=-1).astype(np.uint8)
 
 
-@pytest.fixture(scope="session")
-def vae(checkpoint: Path) -> Any:
+def _network(checkpoint: Path) -> Any:
+    from liveavatar_engine.weights.network import load_network
+
+    return load_network(checkpoint, None, torch.float32, CPU)
+
+
+def _vae(checkpoint: Path) -> Any:
     from liveavatar_engine.vae.vae import load_vae
 
     return load_vae(checkpoint / "Wan2.1_VAE.pth", torch.float32, CPU)

@@ -16,7 +16,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-GOLDEN = Path(os.environ.get("LIVEAVATAR_GOLDEN", Path(__file__).parent / "golden"))
+OWN_GOLDEN = Path(__file__).parent / "golden"
+"""The repository's copy of the golden set, whose checkpoint all tests run on but those of parity."""
+GOLDEN = Path(os.environ.get("LIVEAVATAR_GOLDEN", OWN_GOLDEN))
+"""The golden set that parity is tested with, whatever its cases and sizes."""
 CPU = torch.device("cpu")
 
 

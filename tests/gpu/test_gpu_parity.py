@@ -30,8 +30,8 @@ def exact_float32():
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
 
 
-def _latents(case: GoldenCase, checkpoint, dtype: torch.dtype) -> list[torch.Tensor]:
-    network = load_network(checkpoint, None, dtype, GPU)
+def _latents(case: GoldenCase, golden_checkpoint, dtype: torch.dtype) -> list[torch.Tensor]:
+    network = load_network(golden_checkpoint, None, dtype, GPU)
     parameters = case.parameters
     geometry = StreamGeometry(
         network.config,
@@ -66,27 +66,27 @@ def _latents(case: GoldenCase, checkpoint, dtype: torch.dtype) -> list[torch.Ten
 
 
 @pytest.mark.parametrize("case", golden_cases("dit"))
-def test_float32_latents(case: GoldenCase, checkpoint) -> None:
-    for block, latents in enumerate(_latents(case, checkpoint, torch.float32)):
+def test_float32_latents(case: GoldenCase, golden_checkpoint) -> None:
+    for block, latents in enumerate(_latents(case, golden_checkpoint, torch.float32)):
         assert relative_error(latents, case["latents"][block]) <= 1e-5, f"block {block}"
 
 
 @pytest.mark.parametrize("case", golden_cases("dit"))
-def test_bf16_latents(case: GoldenCase, checkpoint) -> None:
+def test_bf16_latents(case: GoldenCase, golden_checkpoint) -> None:
     """Within two units of bf16's precision, as on a CPU (measured there: one unit, 4e-3)."""
-    for block, latents in enumerate(_latents(case, checkpoint, torch.bfloat16)):
+    for block, latents in enumerate(_latents(case, golden_checkpoint, torch.bfloat16)):
         assert relative_error(latents, case["latents"][block]) <= 2 * 2**-8, f"block {block}"
 
 
 @pytest.mark.parametrize("case", golden_cases("vae"))
-def test_vae_frames(case: GoldenCase, checkpoint) -> None:
-    vae = load_vae(Checkpoint(checkpoint).vae, torch.float32, GPU)
+def test_vae_frames(case: GoldenCase, golden_checkpoint) -> None:
+    vae = load_vae(Checkpoint(golden_checkpoint).vae, torch.float32, GPU)
     frames = vae.decoder_stream().decode(case["stream_latents"][0]).cpu()
     assert (frames - case["frames"][0]).abs().max() <= 1e-3
 
 
-def test_no_host_sync_in_a_step(checkpoint) -> None:
-    network = load_network(checkpoint, None, torch.bfloat16, GPU)
+def test_no_host_sync_in_a_step(golden_checkpoint) -> None:
+    network = load_network(golden_checkpoint, None, torch.bfloat16, GPU)
     geometry = StreamGeometry(network.config, 64, 64)
     caches = CacheArena(geometry, 1, 1, torch.bfloat16, GPU).caches(0)
     with torch.inference_mode():

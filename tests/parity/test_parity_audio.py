@@ -9,8 +9,8 @@ from liveavatar_engine.weights.layout import Checkpoint
 
 
 @pytest.fixture(scope="module")
-def encoder(checkpoint):
-    return AudioEncoder.load(Checkpoint(checkpoint).audio_encoder, CPU)
+def encoder(golden_checkpoint):
+    return AudioEncoder.load(Checkpoint(golden_checkpoint).audio_encoder, CPU)
 
 
 @pytest.mark.parametrize("case", golden_cases("audio"))

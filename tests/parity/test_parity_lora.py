@@ -9,9 +9,9 @@ from liveavatar_engine.weights.network import load_network
 
 @pytest.mark.parametrize("adapter", ["lora.safetensors", "lora_plain_names.safetensors"])
 @pytest.mark.parametrize("case", golden_cases("lora"))
-def test_merged_weights(case: GoldenCase, adapter: str, checkpoint, network) -> None:
-    merged = load_network(checkpoint, GOLDEN / adapter, float32, CPU).state_dict()
-    plain = network.state_dict()
+def test_merged_weights(case: GoldenCase, adapter: str, golden_checkpoint, golden_network) -> None:
+    merged = load_network(golden_checkpoint, GOLDEN / adapter, float32, CPU).state_dict()
+    plain = golden_network.state_dict()
     for name, expected in case.tensors.items():
         assert relative_error(merged[name], expected) <= 1e-6, name
         assert relative_error(plain[name], expected) > 1e-4, f"{name}: the adapter changes nothing"

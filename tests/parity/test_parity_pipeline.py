@@ -39,14 +39,14 @@ class FloatDecoder:
 
 
 @pytest.mark.parametrize("case", golden_cases("pipeline"))
-def test_image_to_frames(case: GoldenCase, network, vae) -> None:
+def test_image_to_frames(case: GoldenCase, golden_network, golden_vae) -> None:
     parameters = case.parameters
     height, width = parameters["hw"]
     geometry = StreamGeometry(
-        network.config, height, width, parameters["frames_per_block"], parameters["window_frames"]
+        golden_network.config, height, width, parameters["frames_per_block"], parameters["window_frames"]
     )
     still = still_conditions(
-        vae, case["image"][0, :, 0], parameters["reference_frames"], parameters["motion_source_frames"]
+        golden_vae, case["image"][0, :, 0], parameters["reference_frames"], parameters["motion_source_frames"]
     )
     assert relative_error(still.reference[None], case["ref_latents"]) <= 1e-5
     assert relative_error(still.motion[None], case["motion_latents"]) <= 1e-5
@@ -56,20 +56,20 @@ def test_image_to_frames(case: GoldenCase, network, vae) -> None:
     drawn = torch.cat([noise.block(index) for index in range(parameters["blocks"])], dim=1)
     assert torch.equal(drawn, case["noise"])
 
-    denoiser = Denoiser(network, flow_match_schedule(parameters["steps"], parameters["shift"]))
+    denoiser = Denoiser(golden_network, flow_match_schedule(parameters["steps"], parameters["shift"]))
     latents = LatentStream(
         denoiser,
         geometry,
         CacheArena(geometry, parameters["steps"], 1, torch.float32, CPU).caches(0),
-        text=network.text_keys(case["context"]),
+        text=golden_network.text_keys(case["context"]),
         reference=still.reference,
         motion=still.motion,
-        policy=SinkPolicy(parameters["relative_dist"], parameters["sink_update_after"], parameters["seed"]),
+        policy=SinkPolicy(parameters["relative_dist"], parameters.get("sink_update_after"), parameters["seed"]),
     )
     produced = []
     original = latents.next_block
     latents.next_block = lambda *arguments: produced.append(original(*arguments)) or produced[-1]
-    decoder = FloatDecoder(vae.decoder_stream())
+    decoder = FloatDecoder(golden_vae.decoder_stream())
     decoder.decode(still.priming)
     decoder.frames.clear()
     features = GoldenColumns(case["audio_input"], geometry.columns_per_block)

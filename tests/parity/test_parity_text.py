@@ -9,8 +9,8 @@ from liveavatar_engine.weights.layout import Checkpoint
 
 
 @pytest.fixture(scope="module")
-def encoder(checkpoint):
-    files = Checkpoint(checkpoint)
+def encoder(golden_checkpoint):
+    files = Checkpoint(golden_checkpoint)
     return TextEncoder.load(files.text_encoder, files.tokenizer, torch.float32, CPU)
 
 

@@ -1,0 +1,1 @@
+"""Developers' benchmarks; what users tune with will live in `liveavatar_engine.bench`."""
