@@ -27,7 +27,8 @@ _EXAMPLES = """examples:
       --actor-mask left.png+right.png --size 512x512 --max-blocks 10 --out two.mp4
 
 --size W*H is an area: the video keeps the image's aspect ratio, with sides that are multiples of 64.
---size WxH is exact: both sides multiples of 16, the image is cropped to fit.
+--size WxH is exact: both sides multiples of 16. The image's shorter side becomes the shorter of both; what is too
+long is cropped, what is too short gets black bars.
 Ctrl-C ends the video where it is and leaves a playable file.
 """
 

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from bench import endurance
-from bench.endurance import Measurement, drifts, run, table
 from rich.console import Console
 
+from bench import endurance
+from bench.endurance import Measurement, drifts, run, table
 from liveavatar_engine import Engine
 
 FLAT = [Measurement(float(at), at * 2, 400.0, 70.0, 0.01, 1.2) for at in (0, 100, 1_000, 10_000)]
