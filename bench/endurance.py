@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from liveavatar_engine import Engine, EngineConfig, Session
-from liveavatar_engine.conditions.audio_encoder import SPEECH_RATE
+from liveavatar_engine.config.geometry import SPEECH_RATE
 from liveavatar_engine.weights.create import create_checkpoint
 from liveavatar_engine.weights.presets import PRESETS
 

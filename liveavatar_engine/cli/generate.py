@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from ..config import EngineConfig
+from ..config.geometry import FRAMES_PER_SECOND
 from ..errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
         _stop_signals(),
     ):
         interrupted = _write_blocks(session, writer.write, console)
-    done = f"{writer.frames_written} frames, {writer.frames_written / 25:.2f} s"
+    done = f"{writer.frames_written} frames, {writer.frames_written / FRAMES_PER_SECOND:.2f} s"
     if interrupted:
         kept = f"kept what was made in {arguments.out}: {done}" if writer.frames_written else "nothing was written"
         console.print(f"interrupted; {kept}")

@@ -16,11 +16,10 @@ from torch.nn import functional as F
 from transformers import Wav2Vec2ForCTC, Wav2Vec2Model
 from transformers.utils import logging
 
-from ..config.geometry import FRAMES_PER_SECOND
+from ..config.geometry import FRAMES_PER_SECOND, SPEECH_RATE
 from ..errors import CheckpointError
 from ..weights.tensors import listed
 
-SPEECH_RATE = 16_000
 STATE_RATE = 50
 """wav2vec2 states per second."""
 FEATURE_RATE = 30

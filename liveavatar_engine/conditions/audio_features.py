@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.geometry import FRAMES_PER_SECOND
+from ..config.geometry import FRAMES_PER_SECOND, SPEECH_RATE
 from .audio_encoder import (
     FEATURE_RATE,
     SAMPLES_PER_STATE,
-    SPEECH_RATE,
     STATE_RATE,
     AudioEncoder,
     feature_index,

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..config.geometry import SPEECH_RATE
 from ..errors import InputError, SessionError
-from .audio_encoder import SPEECH_RATE
 
 
 class Speech(ABC):

@@ -15,6 +15,8 @@ LATENT_STRIDE = 8
 LATENT_FRAME_STRIDE = 4
 """Video frames per latent frame (Wan 2.1 VAE)."""
 FRAMES_PER_SECOND = 25
+SPEECH_RATE = 16_000
+"""Samples per second of the speech that the model listens to, mono."""
 REFERENCE_TIME = 30
 """Temporal position at which the reference image is prefilled."""
 

@@ -1,13 +1,12 @@
 """Files in and out: portraits, masks, sound and video are read here, and the finished mp4 is written."""
 
-from .audio import SPEECH_RATE, AudioInfo, iter_speech, load_speech, probe_audio
+from .audio import AudioInfo, iter_speech, load_speech, probe_audio
 from .image import fit_to_area, load_image, load_mask, resize_and_crop
 from .mp4 import Mp4Writer, Watermark
 from .soundtrack import SoundSource, Soundtrack
 from .video import VideoInfo, iter_video_frames, probe_video
 
 __all__ = [
-    "SPEECH_RATE",
     "AudioInfo",
     "Mp4Writer",
     "SoundSource",

@@ -10,11 +10,9 @@ import av
 import numpy as np
 import soxr
 
+from ..config.geometry import SPEECH_RATE
 from ..errors import InputError
 from .files import FilePath, best_stream, decode, open_media
-
-SPEECH_RATE = 16_000
-"""Samples per second of the speech the model listens to."""
 
 _MICROSECONDS = 1_000_000
 

@@ -12,6 +12,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
+from ..config.geometry import FRAMES_PER_SECOND
 from ..errors import ConfigError, OutputError
 from .files import FilePath
 from .part_file import PartFile
@@ -58,7 +59,7 @@ class Mp4Writer:
         path: FilePath,
         width: int,
         height: int,
-        fps: int = 25,
+        fps: int = FRAMES_PER_SECOND,
         soundtrack: SoundSource | None = None,
         watermark: Watermark | None = None,
         metadata: Mapping[str, str] | None = None,

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..conditions.audio_encoder import SPEECH_RATE, AudioEncoder
+from ..conditions.audio_encoder import AudioEncoder
 from ..conditions.audio_features import GLOBAL_SECONDS, ActorFeatures, Features, GlobalFeatures, WindowedFeatures
 from ..conditions.speech import RecordedSpeech, as_samples
 from ..config import Size
+from ..config.geometry import SPEECH_RATE
 from ..errors import InputError
 
 if TYPE_CHECKING:

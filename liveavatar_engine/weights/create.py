@@ -18,8 +18,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
-from ..conditions.audio_encoder import SPEECH_RATE
 from ..config import ModelConfig
+from ..config.geometry import SPEECH_RATE
 from ..errors import OutputError
 from ..vae.vae import Vae
 from .layout import AUDIO_ENCODER, CONFIG, NETWORK, TEXT_ENCODER, TOKENIZER, VAE

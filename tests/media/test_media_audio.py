@@ -7,8 +7,9 @@ import soxr
 from media_samples import AAC_FRAME, grey, noise, tone, write_pictures, write_sound
 from PIL import Image
 
+from liveavatar_engine.config.geometry import SPEECH_RATE
 from liveavatar_engine.errors import InputError
-from liveavatar_engine.media import SPEECH_RATE, Mp4Writer, Soundtrack, iter_speech, load_speech, probe_audio
+from liveavatar_engine.media import Mp4Writer, Soundtrack, iter_speech, load_speech, probe_audio
 
 
 def one_shot(samples: np.ndarray, rate: int) -> np.ndarray:
