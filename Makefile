@@ -38,6 +38,7 @@ demo: $(CHECKPOINT).ready ## make demo.mp4 from the sample portrait and speech, 
 
 $(CHECKPOINT).ready: $(STAMP)
 	rm -rf $(CHECKPOINT)
+	@mkdir -p $(dir $(CHECKPOINT))
 	$(VENV)/bin/liveavatar-engine make-checkpoint --preset tiny $(CHECKPOINT)
 	@touch $@
 
