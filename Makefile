@@ -54,8 +54,8 @@ format: $(STAMP) ## format the code and apply ruff's safe fixes
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-endurance: $(STAMP) ## run the tiny model for 10,000 s of video; memory, speed and statistics must stay flat (ARGS=...)
-	$(VENV)/bin/python -m bench.endurance $(ARGS)
+endurance: $(STAMP) ## run the tiny model for 10,000 s of video; memory, speed and statistics must stay flat; writes docs/endurance.md
+	$(VENV)/bin/python -m bench.endurance --out docs/endurance.md $(ARGS)
 
 test-gpu: ## run the GPU tests with GPU_PYTHON (default python3), which must have torch; installs nothing
 	$(GPU_PYTEST) $(ARGS)

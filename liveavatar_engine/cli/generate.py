@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from ..config import EngineConfig
+from ..config.engine import DEFAULT_SEED
 from ..config.geometry import FRAMES_PER_SECOND
 from ..errors import ConfigError, InputError
 
@@ -58,7 +59,7 @@ def add_parser(commands: Any) -> None:
     scene = parser.add_argument_group("scene")
     scene.add_argument("--prompt", default="", metavar="T", help="what the scene shows (default: nothing said)")
     scene.add_argument("--size", default=EngineConfig.size, metavar="W*H|WxH", help="default %(default)s")
-    scene.add_argument("--seed", type=int, default=420, metavar="N", help="default %(default)s")
+    scene.add_argument("--seed", type=int, default=DEFAULT_SEED, metavar="N", help="default %(default)s")
     scene.add_argument("--max-blocks", type=int, metavar="N", help="stop after N blocks of 0.48 s")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--steps", type=int, default=EngineConfig.steps, metavar="N", help="denoise steps (default 4)")

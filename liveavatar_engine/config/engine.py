@@ -13,6 +13,7 @@ from .size import Size
 PRECISIONS = ("fp32", "bf16", "fp8")
 SINK_DISTANCES = (4, 30)
 """Range, both ends included, from which the reference draws the sink distance."""
+DEFAULT_SEED = 420
 _NOT_YET = "is not available in this version"
 
 

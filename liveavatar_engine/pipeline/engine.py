@@ -21,6 +21,7 @@ from ..conditions.speech import LiveSpeech
 from ..conditions.still import still_conditions, to_pixels
 from ..conditions.text import TextEncoder
 from ..config import EngineConfig, StreamGeometry
+from ..config.engine import DEFAULT_SEED
 from ..config.geometry import FRAMES_PER_SECOND
 from ..denoise.caches import CacheArena, StreamCaches
 from ..denoise.noise import BlockNoise, check_seed
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _log = logging.getLogger(__name__)
-
-DEFAULT_SEED = 420
 
 
 @dataclass(frozen=True)

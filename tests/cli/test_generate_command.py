@@ -1,6 +1,7 @@
 """`generate` from the command line: the file it writes, and one clear error for everything that cannot be used."""
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -216,6 +217,8 @@ def _break(copy: Path, how: str) -> None:
             save_file({**state, "head.head.bias": torch.zeros(3)}, network)
         case "tokenizer":
             shutil.rmtree(copy / "google")
+        case "pickle":
+            (copy / "Wan2.1_VAE.pth").write_bytes(pickle.dumps({"weight": os.system}))
         case "config":
             (copy / "config.json").write_text("{}")
 
@@ -227,6 +230,7 @@ def _break(copy: Path, how: str) -> None:
         ("corrupt", "not a safetensors file"),
         ("shapes", "head.head.bias is [3], expected [64]"),
         ("tokenizer", "google/umt5-xxl/ (tokenizer"),
+        ("pickle", "Wan2.1_VAE.pth: not a PyTorch file of plain tensors"),
         ("config", "lacks dim"),
     ],
 )
