@@ -20,6 +20,7 @@ from ..config.geometry import FRAMES_PER_SECOND
 from ..errors import ConfigError, InputError
 
 if TYPE_CHECKING:
+    from ..pipeline.engine import Engine
     from ..pipeline.session import Session
 
 _EXAMPLES = """examples:
@@ -103,10 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         probe_audio(path)
 
     console = Console(stderr=True)
-    with console.status("loading the checkpoint"):
-        from ..pipeline.engine import Engine
-
-        engine = Engine.from_pretrained(arguments.checkpoint, arguments.lora, config)
+    engine = _load(arguments.checkpoint, arguments.lora, config, console)
     with console.status("preparing the portrait"):
         session = engine.generate(
             arguments.image,
@@ -131,6 +129,19 @@ def run(arguments: argparse.Namespace) -> int:
         return 130
     console.print(f"wrote {arguments.out}: {session.width}x{session.height}, {done}")
     return 0
+
+
+def _load(checkpoint: Path, lora: Path | None, config: EngineConfig, console: Console) -> Engine:
+    """Load the checkpoint, showing progress."""
+    with Progress(
+        TextColumn("loading the checkpoint"), BarColumn(), TimeRemainingColumn(), console=console, transient=True
+    ) as bar:
+        task = bar.add_task("", total=None)
+        from ..pipeline.engine import Engine
+
+        return Engine.from_pretrained(
+            checkpoint, lora, config, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
 
 
 def _write_blocks(session: Session, write: Callable[..., None], console: Console) -> bool:

@@ -31,7 +31,7 @@ from ..errors import CheckpointError, ConfigError, InputError, SessionError
 from ..model import Network
 from ..vae.vae import Vae, load_vae
 from ..weights.layout import Checkpoint
-from ..weights.network import load_network
+from ..weights.network import LoadProgress, load_network
 from . import inputs
 from .device import resolve_device, resolve_dtype
 from .session import Session, SessionParts
@@ -85,9 +85,15 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls, checkpoint: str | Path, lora: str | Path | None = None, config: EngineConfig | None = None
+        cls,
+        checkpoint: str | Path,
+        lora: str | Path | None = None,
+        config: EngineConfig | None = None,
+        progress: LoadProgress | None = None,
     ) -> Self:
         """Load a checkpoint directory in the reference's layout, merging a LoRA adapter where one is given.
+
+        `progress` is called with the tensors of the network loaded so far and to be loaded.
 
         Raises:
             CheckpointError: parts are missing or damaged or do not fit together; nothing has been allocated for the
@@ -102,7 +108,7 @@ class Engine:
         audio_encoder = AudioEncoder.load(found.audio_encoder, device)
         text_encoder = TextEncoder.load(found.text_encoder, found.tokenizer, dtype, device)
         vae = load_vae(found.vae, dtype, device)
-        network = load_network(found.root, Path(lora) if lora is not None else None, dtype, device)
+        network = load_network(found.root, Path(lora) if lora is not None else None, dtype, device, progress)
         sizes = (audio_encoder.state_count, audio_encoder.state_dim)
         if sizes != (network.config.audio_layers, network.config.audio_dim):
             raise CheckpointError(

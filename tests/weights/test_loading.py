@@ -57,7 +57,9 @@ def _load(folder: Path, lora: Path | None = None):
 
 def test_shards_give_the_same_network(copy: Path, network) -> None:
     _shard(copy, 3)
-    sharded = _load(copy).state_dict()
+    seen: list[tuple[int, int]] = []
+    sharded = load_network(copy, None, torch.float32, CPU, lambda done, total: seen.append((done, total))).state_dict()
+    assert seen == [(done, len(sharded)) for done in range(1, len(sharded) + 1)]
     assert all(sharded[name].equal(tensor) for name, tensor in network.state_dict().items())
 
 
