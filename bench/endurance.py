@@ -1,6 +1,6 @@
 """A very long stream on a small model: memory, block time and latent statistics must not drift.
 
-python -m bench.endurance                         10,000 s of video (20,834 blocks), about half an hour on two CPU cores
+python -m bench.endurance                         10,000 s of video (20,834 blocks), half an hour on two CPU cores
 python -m bench.endurance --seconds 60            a quick look
 """
 
