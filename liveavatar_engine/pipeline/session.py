@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,15 +46,16 @@ class Session:
     """An open stream and an iterator of its `FrameChunk`s, in order, each as soon as it is made.
 
     A live session takes audio through `push_audio`, from any thread, until `end_audio`; iterating waits for it. The
-    session closes itself at its end; close it earlier with `close` or `with`. What it holds does not grow with the
-    stream's length.
+    session closes itself at its end; close it earlier with `close` or `with`, from any thread. What it holds does not
+    grow with the stream's length.
     """
 
     def __init__(self, parts: SessionParts, release: Callable[[], None], max_blocks: int | None = None) -> None:
         self._parts = parts
         self._max_blocks = max_blocks
         self._block = 0
-        self._executor: ThreadPoolExecutor | None = None
+        self._closed = False
+        self._running = threading.Lock()
         self.last_latents: Tensor | None = None
         """Latents of the chunk delivered last: float32 [channels, frames, latent_height, latent_width]."""
         self._finalizer = weakref.finalize(self, release)
@@ -70,7 +72,7 @@ class Session:
 
     @property
     def closed(self) -> bool:
-        return not self._finalizer.alive
+        return self._closed
 
     @property
     def seconds_per_block(self) -> float:
@@ -106,36 +108,47 @@ class Session:
 
     async def aframes(self) -> AsyncIterator[FrameChunk]:
         """The chunks to come, without blocking the event loop."""
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix="liveavatar-session")
+        executor = ThreadPoolExecutor(1, thread_name_prefix="liveavatar-session")
         loop = asyncio.get_running_loop()
-        while (chunk := await loop.run_in_executor(self._executor, next, self, None)) is not None:
-            yield chunk
+        try:
+            while (chunk := await loop.run_in_executor(executor, next, self, None)) is not None:
+                yield chunk
+        finally:
+            executor.shutdown(wait=False)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> FrameChunk:
-        if self.closed or self._block == self._max_blocks:
-            self.close()
-            raise StopIteration
+        chunk = None
         try:
-            chunk = self._next_chunk()
-        except BaseException:
-            self.close()
-            raise
+            with self._running:
+                if not self._closed and self._block != self._max_blocks:
+                    chunk = self._next_chunk()
+        finally:
+            if chunk is None:
+                self.close()
+            elif self._closed:
+                self._give_back_when_idle()
         if chunk is None:
-            self.close()
             raise StopIteration
         return chunk
 
     def close(self) -> None:
-        """End the session and give its slot back; a second call does nothing."""
+        """End the session, without waiting; a second call does nothing.
+
+        A block that another thread is making is finished first: its slot is given back after it.
+        """
+        self._closed = True
         for speech in self._parts.live:
             speech.end()
-        if self._executor is not None:
-            self._executor.shutdown(wait=False)
-        self._finalizer()
+        self._give_back_when_idle()
+
+    def _give_back_when_idle(self) -> None:
+        """Give the slot back unless a block is being made; who makes it calls this again afterwards."""
+        if self._running.acquire(blocking=False):
+            self._finalizer()
+            self._running.release()
 
     def __enter__(self) -> Self:
         return self

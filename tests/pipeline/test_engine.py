@@ -206,6 +206,46 @@ def test_closing_wakes_a_waiting_reader(engine: Engine, face: np.ndarray) -> Non
         session.push_audio(np.zeros(10, np.float32))
 
 
+def test_a_slot_is_given_back_after_the_block_that_is_being_made(engine: Engine, face: np.ndarray, monkeypatch) -> None:
+    """Otherwise the next session would share its rings with a block that is still being written."""
+    started, go_on = threading.Event(), threading.Event()
+    session = engine.generate(face, speech(1.0))
+    denoise = session._denoise
+
+    def slow(*arguments):
+        started.set()
+        assert go_on.wait(timeout=20)
+        return denoise(*arguments)
+
+    monkeypatch.setattr(session, "_denoise", slow)
+    chunks: list[FrameChunk] = []
+    thread = threading.Thread(target=lambda: chunks.extend(session))
+    thread.start()
+    assert started.wait(timeout=20)
+    session.close()
+    assert session.closed
+    assert len(engine._free_slots) == 1
+    go_on.set()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert len(engine._free_slots) == 2
+    assert [chunk.index for chunk in chunks] == [0]
+
+
+def test_leaving_an_async_loop_early_ends_cleanly(engine: Engine, face: np.ndarray) -> None:
+    async def run() -> list[int]:
+        with engine.generate(face, speech(2.0)) as session:
+            indices = []
+            async for chunk in session.aframes():
+                indices.append(chunk.index)
+                if chunk.index == 1:
+                    session.close()
+        return indices
+
+    assert asyncio.run(run()) == [0, 1]
+    assert len(engine._free_slots) == 2
+
+
 def test_recorded_sessions_take_no_live_audio(engine: Engine, face: np.ndarray) -> None:
     with engine.generate(face, speech(1)) as session, pytest.raises(SessionError, match="recorded audio"):
         session.push_audio(np.zeros(10, np.float32))
