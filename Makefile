@@ -15,7 +15,7 @@ GPU_PYTEST = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" RESULTS="$(RESULTS)" "$(GP
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format endurance test-gpu gpu-gate clean
+.PHONY: help setup demo test lint format endurance csrc test-gpu gpu-gate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +56,11 @@ format: $(STAMP) ## format the code and apply ruff's safe fixes
 
 endurance: $(STAMP) ## run the tiny model for 10,000 s of video; memory, speed and statistics must stay flat; writes docs/endurance.md
 	$(VENV)/bin/python -m bench.endurance --out docs/endurance.md $(ARGS)
+
+csrc: $(STAMP) ## compile csrc/ for Hopper GPUs into the checkout and look at the machine code; needs nvcc (ARGS="-j 1": less memory)
+	$(VENV)/bin/python -m pip install --quiet --no-deps -c constraints.txt pybind11 ninja nvidia-cutlass
+	LIVEAVATAR_BUILD_CUDA=1 $(VENV)/bin/python setup.py -q build_ext --inplace --build-temp build $(ARGS)
+	$(VENV)/bin/python csrc/sass_report.py build/csrc
 
 test-gpu: ## run the GPU tests with GPU_PYTHON (default python3), which must have torch; installs nothing
 	$(GPU_PYTEST) $(ARGS)
