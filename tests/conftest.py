@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ import pytest
 import torch
 from support import CPU, GOLDEN, OWN_GOLDEN
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it when it defines a kernel
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,14 +32,18 @@ def real_constructors() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make torch.empty return NaN, so that nothing that was never written can be read unnoticed."""
-    real = torch.empty
+    """Make uninitialised memory hold NaN, so that nothing that was never written can be read unnoticed."""
 
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        out = real(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() and not out.is_meta else out
+    def poisoned(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def make(*args: Any, **kwargs: Any) -> Tensor:
+            out = real(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() and not out.is_meta else out
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return make
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
 
 
 @pytest.fixture(scope="session")

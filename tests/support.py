@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import wave
 from dataclasses import dataclass
@@ -61,6 +62,16 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape
     assert not actual.isnan().any()
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def sqnr(actual: Tensor, expected: Tensor) -> float:
+    """Signal to quantisation noise in dB: 20 log10(||expected|| / ||actual - expected||)."""
+    return -20 * math.log10(max(relative_error(actual, expected), 1e-30))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's bytes, in which NaN equals itself."""
+    return tensor.contiguous().view(torch.uint8)
 
 
 def write_wav(path: Path, samples: np.ndarray) -> Path:

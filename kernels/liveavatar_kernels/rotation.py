@@ -1,7 +1,46 @@
 """Rotary position embedding on adjacent pairs, shared by the ops that rotate queries or keys."""
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Angles(NamedTuple):
+    """Cosines and sines of a block's tokens, in (frame, position) order.
+
+    A pair of a head takes its angle from the temporal table while there are temporal pairs, then from the spatial one.
+
+    Attributes:
+        time: [frames, 2, temporal_pairs], cosines and sines; rewritten from block to block.
+        space: [tokens_per_frame, 2, spatial_pairs]; the same for every block.
+    """
+
+    time: Tensor
+    space: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.time.shape[0] * self.space.shape[0]
+
+    @property
+    def pairs(self) -> int:
+        """Half of head_dim."""
+        return self.time.shape[-1] + self.space.shape[-1]
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of every token, [tokens, head_dim / 2] each."""
+        frames, positions = self.time.shape[0], self.space.shape[0]
+        both = torch.cat(
+            (
+                self.time[:, None].expand(-1, positions, -1, -1),
+                self.space[None].expand(frames, -1, -1, -1),
+            ),
+            dim=-1,
+        ).flatten(0, 1)
+        return both[:, 0], both[:, 1]
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

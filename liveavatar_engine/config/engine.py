@@ -14,6 +14,14 @@ PRECISIONS = ("fp32", "bf16", "fp8")
 SINK_DISTANCES = (4, 30)
 """Range, both ends included, from which the reference draws the sink distance."""
 DEFAULT_SEED = 420
+REFERENCE_FP8_SKIP = (
+    "text_embedding",
+    "time_embedding",
+    "time_projection",
+    "head.head",
+    "casual_audio_encoder.encoder.final_linear",
+)
+"""Parts of the names of linear layers that the reference keeps out of FP8."""
 _NOT_YET = "is not available in this version"
 
 
@@ -24,8 +32,11 @@ class EngineConfig:
     Attributes:
         size: "W*H", an area that keeps the image's aspect ratio with sides that are multiples of 64, or "WxH", exact
             sides that are multiples of 16.
-        precision: "fp32", "bf16" or "auto" (bf16 on a GPU, fp32 on a CPU).
-        kv_precision: precision of the ring; "auto" follows `precision`.
+        precision: "fp32", "bf16", "fp8" (linear layers in e4m3, all else as in bf16) or "auto" (bf16 on a GPU, fp32 on
+            a CPU).
+        kv_precision: of ring and sink: "fp8" with any precision; "auto" is fp32 with fp32, else bf16.
+        fp8_skip: parts of the names of linear layers that stay out of e4m3 with precision "fp8"; by default the
+            reference's list. `liveavatar-engine inspect --precision` shows what each layer loses.
         devices: "auto" (the first GPU, else the CPU), a device name such as "cpu" or "cuda:0", or a list of them.
         steps: denoise steps per block, each with a ring of its own.
         sink_distance: temporal distance from a block to the reference image's keys, in latent frames: "random" draws
@@ -44,6 +55,7 @@ class EngineConfig:
     size: str = "704*384"
     precision: str = "auto"
     kv_precision: str = "auto"
+    fp8_skip: tuple[str, ...] = REFERENCE_FP8_SKIP
     devices: str | tuple[str, ...] = "auto"
     steps: int = 4
     sink_distance: str | int = "random"
@@ -71,6 +83,14 @@ class EngineConfig:
             self._check_count("sink_distance", *SINK_DISTANCES, other="'random'")
         if self.sink_update_after is not None:
             self._check_count("sink_update_after", 1, None, other="None")
+        if "fp8" != self.kv_precision != "auto" and self.precision != "auto":
+            kept = "fp32" if self.precision == "fp32" else "bf16"
+            if self.kv_precision != kept:
+                raise ConfigError(
+                    f"kv_precision with precision {self.precision} must be auto, {kept} or fp8, "
+                    f"not {self.kv_precision!r}"
+                )
+        object.__setattr__(self, "fp8_skip", _names("fp8_skip", self.fp8_skip))
         object.__setattr__(self, "devices", _device_names(self.devices))
         self._refuse_what_is_not_built()
 
@@ -101,16 +121,19 @@ class EngineConfig:
             raise ConfigError(f"{name} must be {other + ' or ' if other else ''}an integer, {span}, not {value!r}")
 
     def _refuse_what_is_not_built(self) -> None:
-        if "fp8" in (self.precision, self.kv_precision):
-            raise ConfigError(f"precision fp8 {_NOT_YET}; use bf16 or fp32")
-        if self.kv_precision not in ("auto", self.precision):
-            raise ConfigError(f"kv_precision {self.kv_precision!r} beside precision {self.precision!r} {_NOT_YET}")
         if self.schedule == "diagonal":
             raise ConfigError(f"schedule 'diagonal' {_NOT_YET}; use 'sequential'")
         if self.sequence_parallel > 1:
             raise ConfigError(f"sequence_parallel={self.sequence_parallel} {_NOT_YET}; use 1")
         if len(self.devices) > 1 and not isinstance(self.devices, str):
             raise ConfigError(f"several devices {_NOT_YET}: choose one of {', '.join(self.devices)}")
+
+
+def _names(setting: str, names: Any) -> tuple[str, ...]:
+    """A list of names as a tuple."""
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"{setting} must be a list of names, not {names!r}")
+    return tuple(names)
 
 
 def _device_names(devices: Any) -> str | tuple[str, ...]:

@@ -79,7 +79,10 @@ class LatentStream:
         self._text, self._policy, self._actor_mask, self._observe = text, policy, actor_mask, observe
         self._motion = motion if geometry.motion_tokens else None
         wide = torch.float64 if denoiser.network.dtype == torch.float64 else torch.float32
-        self._positions = StreamPositions(geometry, denoiser.network.device, first_frame, wide)
+        self._positions = StreamPositions(
+            geometry, caches, denoiser.schedule.steps, denoiser.network.device, first_frame, wide
+        )
+        self._sink_view = self._positions.sink_view()
         self._first_latent: Tensor | None = None
         self.block = 0
         self._prefill(reference)
@@ -128,9 +131,7 @@ class LatentStream:
 
     @torch.inference_mode()
     def _prefill(self, reference: Tensor) -> None:
-        self._denoiser.network.prefill_sink(
-            reference, self._motion, self._text, self._caches.sink, self._positions.sink_rotation()
-        )
+        self._denoiser.network.prefill_sink(reference, self._motion, self._text, self._caches.sink, self._sink_view)
 
     def _check_finite(self, latents: Tensor) -> None:
         if torch.isfinite(latents).all():

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from liveavatar_kernels.cache import KeyValueCache, Window
 from liveavatar_kernels.ring_attention import ring_attention
 from liveavatar_kernels.ring_write import ring_write
-from liveavatar_kernels.rotation import rotate_pairs
+from liveavatar_kernels.rotation import Angles
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .linear import Activation, Fp8Linear
 from .norms import RMSNorm
-from .rope import Rotation
 
 
 @dataclass(frozen=True)
@@ -24,21 +25,17 @@ class KeyValue:
 
 @dataclass(frozen=True)
 class RingView:
-    """Where a block stands in the ring of its timestep, and where the sink stands relative to it.
+    """Where a block writes its keys and values, and what it sees; tensors that kernels read on the device.
 
     Attributes:
-        start: ring slot of the block's first token.
-        valid: ring tokens that hold keys once the block's own are written.
-        rotation: angles of the block's tokens.
-        shift: angles [temporal_pairs] by which the reference image's keys have moved since they were stored.
-        fixed_tokens: leading sink tokens that do not move.
+        at: int32 [2], slot of the session and first token.
+        angles: of the block's tokens.
+        window: what its queries see of ring and sink.
     """
 
-    start: int
-    valid: int
-    rotation: Rotation
-    shift: Rotation
-    fixed_tokens: int
+    at: Tensor
+    angles: Angles
+    window: Window
 
 
 class Projections(nn.Module):
@@ -64,46 +61,32 @@ class Projections(nn.Module):
 
 
 class RingSelfAttention(Projections):
-    """A block's tokens attend to everything in the ring of their timestep, themselves included, and to the sink."""
+    """A block's tokens attend to everything in the ring of their timestep, themselves included, and to the sink.
 
-    def forward(self, x: Tensor, ring: KeyValue, sink: KeyValue, view: RingView) -> Tensor:
+    `qkv` stands in for `q`, `k` and `v` once `fuse` has made one layer of them.
+    """
+
+    def __init__(self, dim: int, heads: int, eps: float) -> None:
+        super().__init__(dim, heads, eps)
+        self.qkv: Fp8Linear | None = None
+
+    def fuse(self) -> None:
+        """Replace the three projections by one layer in e4m3."""
+        self.qkv = Fp8Linear.of(self.q, self.k, self.v)
+        del self.q, self.k, self.v
+
+    @property
+    def input_layer(self) -> nn.Module:
+        """The layer that reads the input."""
+        return self.q if self.qkv is None else self.qkv
+
+    def forward(self, x: Activation, ring: KeyValueCache, sink: KeyValueCache, view: RingView) -> Tensor:
         """[tokens, dim] -> [tokens, dim]; the block's keys and values are written to `ring` first."""
-        q, k, v = (self.split(projection(x)) for projection in (self.q, self.k, self.v))
-        q = ring_write(
-            q,
-            k,
-            v,
-            self.norm_q.weight,
-            self.norm_k.weight,
-            view.rotation.cos,
-            view.rotation.sin,
-            ring.k,
-            ring.v,
-            start=view.start,
-            eps=self.norm_q.eps,
-        )
-        attended = ring_attention(
-            q,
-            ring.k[: view.valid],
-            ring.v[: view.valid],
-            sink.k,
-            sink.v,
-            fixed_tokens=view.fixed_tokens,
-            shift_cos=view.shift.cos,
-            shift_sin=view.shift.sin,
-        )
-        return self.merge(attended.to(x.dtype))
-
-    def prefill(self, x: Tensor, sink: KeyValue, rotation: Rotation) -> Tensor:
-        """Sink tokens attend among themselves, and their rotated keys and values are stored in `sink`."""
-        q, k = (
-            rotate_pairs(self.split(norm(projection(x))), rotation.cos, rotation.sin)
-            for norm, projection in ((self.norm_q, self.q), (self.norm_k, self.k))
-        )
-        v = self.split(self.v(x))
-        sink.k.copy_(k)
-        sink.v.copy_(v)
-        return self.merge(attend(q, k, v))
+        projected = (self.q(x), self.k(x), self.v(x)) if self.qkv is None else self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (self.split(part) for part in projected)
+        weights = self.norm_q.weight, self.norm_k.weight
+        q = ring_write(q, k, v, *weights, view.angles, ring, view.at, eps=self.norm_q.eps)
+        return self.merge(ring_attention(q, ring, sink, view.window))
 
 
 class CachedCrossAttention(Projections):
@@ -113,10 +96,17 @@ class CachedCrossAttention(Projections):
         """[..., tokens, dim] -> keys and values [..., tokens, heads, head_dim]."""
         return KeyValue(self.split(self.norm_k(self.k(context))), self.split(self.v(context)))
 
-    def forward(self, x: Tensor, context: KeyValue) -> Tensor:
-        """[..., tokens, dim] -> [..., tokens, dim]; leading axes of `x` and `context` match."""
+    def forward(self, x: Activation, context: KeyValue) -> Tensor:
+        """[tokens, dim] -> [tokens, dim].
+
+        `context` is [keys, heads, head_dim] for all tokens, or [frames, keys, heads, head_dim], where each frame's
+        tokens read its own.
+        """
         q = self.split(self.norm_q(self.q(x)))
-        return self.merge(attend(q, context.k, context.v))
+        if context.k.ndim == q.ndim:
+            return self.merge(attend(q, context.k, context.v))
+        by_frame = q.unflatten(0, (len(context.k), -1))
+        return self.merge(attend(by_frame, context.k, context.v).flatten(0, 1))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from .attention import CachedCrossAttention, KeyValue
 from .audio_tokens import AudioTokens
-from .norms import modulated_norm
+from .linear import input_dtype
+from .residual import Residual
 
 _ADALN_EPS = 1e-5
 
@@ -20,7 +21,7 @@ class InjectorInput:
 
     Attributes:
         context: keys and values, [actors, frames, audio_tokens, heads, head_dim].
-        shift, scale: of the adaptive norm, [actors, frames, 1, dim].
+        shift, scale: of the adaptive norm, [actors, frames, dim].
     """
 
     context: KeyValue
@@ -56,25 +57,33 @@ class AudioInjector(nn.Module):
         for injector, norm in zip(self.injector, self.injector_adain_layers, strict=True):
             assert isinstance(injector, CachedCrossAttention)
             assert isinstance(norm, AdaptiveNorm)
-            dtype = injector.q.weight.dtype
+            dtype = injector.norm_q.weight.dtype
             shift, scale = norm.shift_scale(tokens.global_token.to(dtype))
             context = injector.key_value(tokens.local_tokens.to(dtype))
-            inputs.append(InjectorInput(context, shift[:, :, None], scale[:, :, None]))
+            inputs.append(InjectorInput(context, shift, scale))
         return inputs
 
-    def forward(self, x: Tensor, layer: int, inputs: list[InjectorInput], mask: Tensor | None) -> Tensor:
-        """Add the injection that follows `layer`, if any: [tokens, dim] -> [tokens, dim].
+    def forward(self, stream: Residual, layer: int, inputs: list[InjectorInput], mask: Tensor | None) -> Residual:
+        """Add the injection that follows `layer`, if any, to the stream, [tokens, dim].
 
-        `mask` is [actors, frames, tokens_per_frame, 1]; each actor's result is multiplied by it, and they are summed.
+        `mask` is [actors, frames or 1, tokens_per_frame, 1]; each actor's result is multiplied by it; they are summed.
         The adaptive norm feeds only the query; the result is added to the stream as it is.
         """
         index = self.index_of_layer.get(layer)
         if index is None:
-            return x
-        audio = inputs[index]
-        frames = audio.shift.shape[1]
-        normed = modulated_norm(x.unflatten(0, (frames, -1)), audio.shift, audio.scale, _ADALN_EPS, x.dtype)
-        injected = self.injector[index](normed, audio.context)
-        if mask is not None:
-            injected = injected * mask.to(injected.dtype)
-        return x + injected.sum(dim=0).flatten(0, 1)
+            return stream
+        injector, audio = self.injector[index], inputs[index]
+        assert isinstance(injector, CachedCrossAttention)
+        dtype = injector.norm_q.weight.dtype
+        injected: Tensor | None = None
+        for actor, (k, v, shift, scale) in enumerate(
+            zip(audio.context.k, audio.context.v, audio.shift, audio.scale, strict=True)
+        ):
+            stream, normed = stream.normed(_ADALN_EPS, input_dtype(injector.q, dtype), dtype, shift=shift, scale=scale)
+            branch = injector(normed, KeyValue(k, v))
+            if mask is not None:
+                by_frame = branch.unflatten(0, (len(shift), -1))
+                branch = (by_frame * mask[actor].to(branch.dtype)).flatten(0, 1)
+            injected = branch if injected is None else injected + branch
+        assert injected is not None
+        return stream.plus(injected)

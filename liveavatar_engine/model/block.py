@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
+from liveavatar_kernels.cache import KeyValueCache
 from torch import Tensor, nn
 
 from .attention import CachedCrossAttention, KeyValue, RingSelfAttention, RingView
-from .norms import AffineLayerNorm, at_least_float32, modulated_norm
-from .rope import Rotation
+from .linear import Activation, Fp8Linear, input_dtype
+from .norms import AffineNorm, wide_dtype
+from .residual import Residual
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU(tanh), Linear."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+
+    def forward(self, x: Any) -> Tensor:
+        """[tokens, dim] -> [tokens, dim]; what lies between two layers in e4m3 is quantised by the first."""
+        up, _, down = self
+        if not isinstance(up, Fp8Linear):
+            return super().forward(x)
+        return down(up.gelu_quantized(x) if isinstance(down, Fp8Linear) else up.gelu(x))
 
 
 class TransformerBlock(nn.Module):
@@ -23,24 +39,38 @@ class TransformerBlock(nn.Module):
         self.eps = eps
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
         self.self_attn = RingSelfAttention(dim, heads, eps)
-        self.norm3 = AffineLayerNorm(dim, eps)
+        self.norm3 = AffineNorm(dim)
         self.cross_attn = CachedCrossAttention(dim, heads, eps)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = FeedForward(dim, ffn_dim)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, text: KeyValue, ring: KeyValue, sink: KeyValue, view: RingView
-    ) -> Tensor:
-        """A block's tokens at one timestep: [tokens, dim] -> [tokens, dim]; `modulation` is float32 [6, dim]."""
-        return self._residuals(x, modulation, text, lambda normed: self.self_attn(normed, ring, sink, view))
+        self,
+        stream: Residual,
+        modulation: Tensor,
+        text: KeyValue,
+        ring: KeyValueCache,
+        sink: KeyValueCache,
+        view: RingView,
+    ) -> Residual:
+        """A block's tokens at one timestep, [tokens, dim]; `modulation` is float32 [6, dim].
 
-    def prefill(self, x: Tensor, modulation: Tensor, text: KeyValue, sink: KeyValue, rotation: Rotation) -> Tensor:
-        """Sink tokens, which fill `sink`: [sink_tokens, dim] -> [sink_tokens, dim]."""
-        return self._residuals(x, modulation, text, lambda normed: self.self_attn.prefill(normed, sink, rotation))
-
-    def _residuals(self, x: Tensor, modulation: Tensor, text: KeyValue, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation
-        dtype, stream = x.dtype, at_least_float32(x)
-        stream = stream + gate_attn * attend(modulated_norm(stream, shift_attn, scale_attn, self.eps, dtype))
-        stream = stream + self.cross_attn(self.norm3(stream, dtype), text)
-        stream = stream + gate_ffn * self.ffn(modulated_norm(stream, shift_ffn, scale_ffn, self.eps, dtype))
-        return stream.to(dtype)
+        The stream that is returned waits for the FFN's branch, to be rounded to the model's dtype.
+        """
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation[:, None]
+        dtype = self.norm3.weight.dtype
+        wide = wide_dtype(dtype)
+        x: Activation
+        stream, x = stream.normed(
+            self.eps, input_dtype(self.self_attn.input_layer, dtype), dtype, shift=shift_attn, scale=scale_attn
+        )
+        stream = stream.plus(self.self_attn(x, ring, sink, view), gate_attn)
+        stream, x = stream.normed(
+            self.eps,
+            input_dtype(self.cross_attn.q, dtype),
+            wide,
+            weight=self.norm3.weight,
+            bias=self.norm3.bias,
+        )
+        stream = stream.plus(self.cross_attn(x, text))
+        stream, x = stream.normed(self.eps, input_dtype(self.ffn[0], dtype), wide, shift=shift_ffn, scale=scale_ffn)
+        return stream.plus(self.ffn(x), gate_ffn)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .norms import at_least_float32, modulated_norm
+from .norms import wide_dtype
+from .residual import Residual
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -19,7 +20,7 @@ class PatchEmbedding(nn.Conv3d):
 
         Trailing rows and columns that do not fill a patch are left out.
         """
-        return self(latents.to(self.weight.dtype)[None])[0].flatten(1).transpose(0, 1)
+        return self(latents.to(self.weight.dtype)[None])[0].flatten(1).transpose(0, 1).contiguous()
 
 
 def sinusoid(position: Tensor, freq_dim: int) -> Tensor:
@@ -51,13 +52,16 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, dim))
         self.head = nn.Linear(dim, patch[0] * patch[1] * patch[2] * channels)
 
-    def forward(self, tokens: Tensor, shift: Tensor, scale: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """[tokens, dim] -> [channels, frames, height, width] in float32.
+    def forward(
+        self, stream: Residual, shift: Tensor, scale: Tensor, grid: tuple[int, int, int], dtype: torch.dtype
+    ) -> Tensor:
+        """Stream [tokens, dim], rounded to the model's `dtype` -> [channels, frames, height, width] in float32.
 
         A token holds its patch in (frame, row, column, channel) order, the channel fastest. `shift` and `scale`, [dim]
         each, are the learned modulation plus the time embedding itself.
         """
-        patches = self.head(modulated_norm(tokens, shift, scale, self.eps, at_least_float32(tokens).dtype))
+        _, normed = stream.normed(self.eps, wide_dtype(dtype), dtype, shift=shift[None], scale=scale[None])
+        patches = self.head(normed)
         frames, rows, columns = grid
         p, q, r = self.patch
         patches = patches.view(frames, rows, columns, p, q, r, self.channels)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from liveavatar_kernels.cache import KeyValueCache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +20,7 @@ from .audio_injection import AudioInjector, InjectorInput
 from .audio_tokens import CausalAudioEncoder
 from .block import TransformerBlock
 from .embeddings import Head, PatchEmbedding, sinusoid, text_embedding, time_embedding, time_projection
-from .rope import Rotation
+from .residual import Residual
 from .sink_tokens import FramePacker
 
 MOTION_FRAMES = MOTION_LATENTS * LATENT_FRAME_STRIDE - 3
@@ -123,8 +124,8 @@ class Network(nn.Module):
         reference: Tensor,
         motion: Tensor | None,
         text: list[KeyValue],
-        sink: list[KeyValue],
-        rotation: Rotation,
+        sink: list[KeyValueCache],
+        view: RingView,
     ) -> None:
         """Fill the sink's keys and values, `[motion | reference]`, at time 0 and base positions.
 
@@ -132,16 +133,17 @@ class Network(nn.Module):
             reference: [channels, 1, height, width].
             motion: [channels, frames, height, width], oldest first, or None to leave motion tokens out.
             text: of the session; the sink's tokens read the prompt too, but no audio.
-            sink: one entry per layer, [sink_tokens, heads, head_dim]; written in place.
-            rotation: angles of the sink's tokens.
+            sink: one entry per layer, written in place.
+            view: where the sink's tokens go, and that they see each other.
         """
         tokens = self.patch_embedding.tokens(reference.to(self.device)) + self.trainable_cond_mask.weight[REFERENCE]
         if motion is not None:
             packed = self.frame_packer(motion.to(self.device, self.dtype)) + self.trainable_cond_mask.weight[MOTION]
             tokens = torch.cat((packed, tokens))
         time = self.time_modulation(0.0)
+        stream = Residual(tokens)
         for block, modulation, layer_text, layer_sink in zip(self._blocks(), time.blocks, text, sink, strict=True):
-            tokens = block.prefill(tokens, modulation, layer_text, layer_sink, rotation)
+            stream = block(stream, modulation, layer_text, layer_sink, layer_sink, view)
 
     def forward(
         self,
@@ -149,8 +151,8 @@ class Network(nn.Module):
         time: TimeModulation,
         text: list[KeyValue],
         inputs: BlockInputs,
-        ring: list[KeyValue],
-        sink: list[KeyValue],
+        ring: list[KeyValueCache],
+        sink: list[KeyValueCache],
         view: RingView,
     ) -> Tensor:
         """Velocity of a block: float32 [channels, frames, height, width] -> the same shape, float32.
@@ -160,13 +162,14 @@ class Network(nn.Module):
         _, frames, height, width = latents.shape
         tokens = self.patch_embedding.tokens(latents) + self._pose_tokens(inputs.pose)
         tokens = tokens + self.trainable_cond_mask.weight[NOISY]
+        stream = Residual(tokens)
         layers = zip(self._blocks(), time.blocks, text, ring, sink, strict=True)
         for index, (block, modulation, layer_text, layer_ring, layer_sink) in enumerate(layers):
-            tokens = block(tokens, modulation, layer_text, layer_ring, layer_sink, view)
-            tokens = self.audio_injector(tokens, index, inputs.audio, inputs.actor_mask)
+            stream = block(stream, modulation, layer_text, layer_ring, layer_sink, view)
+            stream = self.audio_injector(stream, index, inputs.audio, inputs.actor_mask)
         patch_frames, patch_rows, patch_columns = self.config.patch_size
         grid = (frames // patch_frames, height // patch_rows, width // patch_columns)
-        return self.head(tokens, time.head[0], time.head[1], grid)
+        return self.head(stream, time.head[0], time.head[1], grid, self.dtype)
 
     def _pose_tokens(self, pose: Tensor | None) -> Tensor:
         """Pose tokens [tokens, dim]; without a pose the reference encodes zeros, which leaves the bias, [dim]."""

@@ -1,4 +1,4 @@
-"""Normalisations, computed in float32 whatever the model's dtype."""
+"""Norms of whole rows, computed in float32 whatever the model's dtype; those of the stream are in `residual`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class RMSNorm(nn.Module):
-    """Weight of an RMSNorm over the whole dim; the norm itself is part of the ops that use it."""
+    """RMSNorm over the last axis; where an op includes it, the op reads the weight."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -21,28 +21,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(wide, x.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
-class AffineLayerNorm(nn.Module):
-    """LayerNorm with weight and bias over the last axis."""
+class AffineNorm(nn.Module):
+    """Weight and bias of a LayerNorm, which is part of the pass that adds a branch to the stream."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
         self.bias = nn.Parameter(torch.empty(dim))
-
-    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[..., dim] -> [..., dim] in `dtype`."""
-        wide = at_least_float32(x)
-        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
-        return F.layer_norm(wide, x.shape[-1:], weight, bias, self.eps).to(dtype)
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift without affine weights: [..., dim] -> [..., dim] in `dtype`."""
-    wide = at_least_float32(x)
-    return (F.layer_norm(wide, x.shape[-1:], eps=eps) * (1 + scale) + shift).to(dtype)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` widened to float32; float64 stays, for computations that check float32 ones."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32; float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

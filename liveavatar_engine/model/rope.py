@@ -16,14 +16,6 @@ _THETA = 10_000.0
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """Cosines and sines per token and pair, [tokens, head_dim / 2] each."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-@dataclass(frozen=True)
 class AxisFrequencies:
     """Radians per unit of position for each pair of each axis; float64 on the CPU."""
 
@@ -46,14 +38,13 @@ class AxisFrequencies:
         )
         return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], dim=-1).flatten(0, 2)
 
+    def space_angles(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+        """Spatial angles of the grid rows x columns: float64 [positions, spatial_pairs]."""
+        return self.angles((0,), rows, columns)[:, len(self.time) :]
+
     def time_angles(self, positions: Sequence[int]) -> Tensor:
         """Temporal angles only: float64 [positions, temporal_pairs]."""
         return _outer(positions, self.time)
-
-
-def rotation_of(angles: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Rotation:
-    """Cosines and sines of float64 `angles`, rounded once to `dtype` and moved to `device`."""
-    return Rotation(angles.cos().to(device, dtype), angles.sin().to(device, dtype))
 
 
 def _frequencies(pairs: int) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
 
+import torch
+from liveavatar_kernels.e4m3 import E4M3
+
+from ..config import EngineConfig
 from ..errors import ConfigError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,8 +36,32 @@ def resolve_device(names: str | tuple[str, ...]) -> torch.device:
     return device
 
 
-def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The network's dtype: "auto" is bf16 on a GPU and fp32 on a CPU."""
+@dataclass(frozen=True)
+class Precision:
+    """What a configuration's precisions mean on a device.
+
+    Attributes:
+        dtype: of activations and most weights.
+        cache: of rings and sinks, `dtype` or e4m3.
+        fp8_skip: parts of the names of linear layers that are not in e4m3; None: none is.
+    """
+
+    dtype: torch.dtype
+    cache: torch.dtype
+    fp8_skip: tuple[str, ...] | None
+
+
+def resolve_precision(config: EngineConfig, device: torch.device) -> Precision:
+    """The precisions of a configuration: "auto" is bf16 on a GPU and fp32 on a CPU.
+
+    Raises:
+        ConfigError: `kv_precision` does not go with what "auto" has become.
+    """
+    precision = config.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    return _DTYPES[precision]
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    if config.kv_precision not in ("auto", "fp8") and _DTYPES[config.kv_precision] != dtype:
+        raise ConfigError(f"kv_precision {config.kv_precision!r}: precision auto is {precision} on {device}; name one")
+    cache = E4M3 if config.kv_precision == "fp8" else dtype
+    return Precision(dtype, cache, config.fp8_skip if precision == "fp8" else None)

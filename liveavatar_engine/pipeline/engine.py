@@ -29,11 +29,12 @@ from ..denoise.schedule import flow_match_schedule
 from ..denoise.stream import Denoiser, LatentStream, SinkPolicy
 from ..errors import CheckpointError, ConfigError, InputError, SessionError
 from ..model import Network
+from ..model.quantize import quantize_linears
 from ..vae.vae import Vae, load_vae
 from ..weights.layout import Checkpoint
 from ..weights.network import LoadProgress, load_network
 from . import inputs
-from .device import resolve_device, resolve_dtype
+from .device import resolve_device, resolve_precision
 from .session import Session, SessionParts
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Engine:
         audio_encoder: AudioEncoder,
     ) -> None:
         self.config = config
+        self._cache_dtype = resolve_precision(config, network.device).cache
         self._network, self._vae = network, vae
         self._text_encoder, self._audio_encoder = text_encoder, audio_encoder
         with torch.inference_mode():
@@ -102,7 +104,8 @@ class Engine:
         """
         config = config or EngineConfig()
         device = resolve_device(config.devices)
-        dtype = resolve_dtype(config.precision, device)
+        precision = resolve_precision(config, device)
+        dtype = precision.dtype
         found = Checkpoint(Path(checkpoint))
         _log.info("loading %s as %s on %s", found.root, dtype, device)
         audio_encoder = AudioEncoder.load(found.audio_encoder, device)
@@ -115,6 +118,8 @@ class Engine:
                 f"{found.audio_encoder}: {sizes[0]} states of {sizes[1]}; the network was made for "
                 f"{network.config.audio_layers} of {network.config.audio_dim}"
             )
+        if precision.fp8_skip is not None:
+            quantize_linears(network, precision.fp8_skip)
         return cls(config, network, vae, text_encoder, audio_encoder)
 
     @property
@@ -241,7 +246,7 @@ class Engine:
                 if len(self._free_slots) < self.config.max_sessions:
                     raise SessionError("sessions of another picture size are open; sizes cannot be mixed in an engine")
                 self._arena = None
-                slots, dtype = self.config.max_sessions, self._network.dtype
+                slots, dtype = self.config.max_sessions, self._cache_dtype
                 self._arena = CacheArena(geometry, self.config.steps, slots, dtype, self.device)
                 self._arena_geometry = geometry
             slot = self._free_slots.pop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +11,17 @@ from ..conditions.audio_features import GLOBAL_SECONDS
 from ..config import StreamGeometry
 from ..config.geometry import LATENT_FRAME_STRIDE, LATENT_STRIDE
 from ..denoise.caches import CacheArena
-from ..model import Network
+from ..model.quantize import linears_to_quantize
+from ..pipeline.device import Precision
 from ..vae.shape import VaeShape
 from ..vae.vae import Vae
-from .network import network_shapes
+from .network import empty_network
 
-_WIDE = torch.float32.itemsize
+_WIDE, _E4M3 = torch.float32.itemsize, 1
 _LOGIT_TILE = 1 << 28
 """Bytes of attention logits that are computed at a time in plain PyTorch."""
+_STEP_COPIES = 11
+"""Copies of a block's tokens in the model's dtype that are alive at once in a step, measured."""
 _PAST_FRAMES = 2
 """Frames that a causal convolution of the VAE keeps."""
 _DECODE_LAYERS, _ENCODE_LAYERS = 5, 12
@@ -39,8 +41,8 @@ class MemoryRow:
 class MemoryEstimate:
     """Device memory by what holds it.
 
-    Weights and caches are exact. Working memory is an estimate for the plain PyTorch path; CUDA's own context, the
-    allocator's rounding and the workspaces of its libraries come on top.
+    Weights and caches are exact. Working memory is an estimate; CUDA's own context, the allocator's rounding and the
+    workspaces of its libraries come on top.
     """
 
     rows: tuple[MemoryRow, ...]
@@ -59,38 +61,40 @@ def predict_memory(
     geometry: StreamGeometry,
     vae: VaeShape | None,
     *,
-    dtype: torch.dtype,
+    precision: Precision,
     steps: int,
     sessions: int,
     text_parameters: int = 0,
     audio_parameters: int = 0,
+    plain_attention: bool = False,
 ) -> MemoryEstimate:
     """Predict the memory of an engine that has `sessions` sessions open.
 
     Args:
         geometry: network and picture size.
         vae: its sizes; None leaves its rows out.
-        dtype: the engine's.
+        precision: the engine's.
         steps: denoise steps, each with a ring of its own.
         sessions: open at the same time.
         text_parameters, audio_parameters: of the encoders.
+        plain_attention: whether attention runs in plain PyTorch, as on a CPU.
     """
-    model = geometry.model
-    arena = CacheArena(geometry, steps, sessions, dtype, torch.device("meta"))
+    model, dtype = geometry.model, precision.dtype
+    arena = CacheArena(geometry, steps, sessions, precision.cache, torch.device("meta"))
     text_keys = 2 * model.num_layers * model.text_len * model.dim * dtype.itemsize
     states = GLOBAL_SECONDS * FEATURE_RATE * model.audio_layers * model.audio_dim * _WIDE
     modulation = steps * (6 * model.num_layers + 2) * model.dim * _WIDE
     rows = [
-        MemoryRow("network", _network_bytes(geometry, dtype), "some parameters stay in float32"),
+        MemoryRow("network", _network_bytes(geometry, precision), "some parameters stay in float32"),
         MemoryRow("text encoder", text_parameters * dtype.itemsize),
         MemoryRow("audio encoder", audio_parameters * _WIDE, "float32"),
-        MemoryRow("rings", 2 * math.prod(arena.ring_shape) * dtype.itemsize, f"{sessions} sessions x {steps} steps"),
-        MemoryRow("sink", 2 * math.prod(arena.sink_shape) * dtype.itemsize, f"{sessions} sessions"),
+        MemoryRow("rings", arena.ring_bytes, f"{sessions} sessions x {steps} steps"),
+        MemoryRow("sink", arena.sink_bytes, f"{sessions} sessions"),
         MemoryRow("text keys", sessions * text_keys, f"{sessions} sessions x {model.text_len} tokens"),
         MemoryRow("audio states", sessions * states, f"{sessions} sessions, at most {GLOBAL_SECONDS} s at once"),
         MemoryRow("time modulation", modulation, f"{steps} steps"),
     ]
-    working = {"denoising": _denoise_bytes(geometry, dtype)}
+    working = {"denoising": _denoise_bytes(geometry, dtype, plain_attention)}
     if vae is not None:
         pixels = geometry.height * geometry.width
         history = sessions * _decoder_history(vae, pixels) * dtype.itemsize
@@ -105,11 +109,18 @@ def predict_memory(
     return MemoryEstimate(tuple(rows))
 
 
-def _network_bytes(geometry: StreamGeometry, dtype: torch.dtype) -> int:
-    return sum(
-        math.prod(shape) * (_WIDE if Network.keeps_float32(name) else dtype.itemsize)
-        for name, shape in network_shapes(geometry.model).items()
-    )
+def _network_bytes(geometry: StreamGeometry, precision: Precision) -> int:
+    network = empty_network(geometry.model)
+    quantized = {} if precision.fp8_skip is None else linears_to_quantize(network, precision.fp8_skip)
+    scales = sum(layer.out_features * _WIDE for layer in quantized.values())
+    weights = {f"{name}.weight" for name in quantized}
+
+    def itemsize(name: str) -> int:
+        if name in weights:
+            return _E4M3
+        return _WIDE if network.keeps_float32(name) else precision.dtype.itemsize
+
+    return scales + sum(tensor.numel() * itemsize(name) for name, tensor in network.state_dict().items())
 
 
 def _vae_bytes(shape: VaeShape, dtype: torch.dtype) -> int:
@@ -120,17 +131,19 @@ def _vae_bytes(shape: VaeShape, dtype: torch.dtype) -> int:
     return decoder * dtype.itemsize + encoder * _WIDE
 
 
-def _denoise_bytes(geometry: StreamGeometry, dtype: torch.dtype) -> int:
-    """Most that is alive in a step, in self-attention.
+def _denoise_bytes(geometry: StreamGeometry, dtype: torch.dtype, plain_attention: bool) -> int:
+    """Most that is alive in a step, in cross-attention; attention in plain PyTorch comes on top.
 
-    Eight float32 copies of the block's tokens, float32 copies of all keys and values where they are narrower, and
-    three tiles of logits.
+    That makes float32 copies of all keys and values where they are narrower, and three tiles of logits.
     """
     model, block = geometry.model, geometry.tokens_per_block
+    alive = block * model.dim * (_STEP_COPIES * dtype.itemsize + _WIDE)
+    if not plain_attention:
+        return alive
     keys = geometry.ring_tokens + geometry.sink_tokens
     widened = 0 if dtype.itemsize >= _WIDE else 2 * keys * model.dim * _WIDE
     logits = model.num_heads * block * keys * _WIDE
-    return 8 * block * model.dim * _WIDE + widened + min(3 * _LOGIT_TILE, 2 * logits)
+    return alive + widened + min(3 * _LOGIT_TILE, 2 * logits)
 
 
 def _decoder_history(shape: VaeShape, pixels: int) -> int:

@@ -16,7 +16,7 @@ from ..conditions.audio_encoder import AudioEncoder
 from ..conditions.text import TextEncoder, load_tokenizer
 from ..config import EngineConfig, ModelConfig, Size, StreamGeometry
 from ..errors import CheckpointError
-from ..pipeline.device import resolve_device, resolve_dtype
+from ..pipeline.device import resolve_device, resolve_precision
 from ..vae.shape import VaeShape
 from ..vae.vae import load_vae
 from .layout import AUDIO_ENCODER, CONFIG, NETWORK, TEXT_ENCODER, TOKENIZER, VAE, missing_parts
@@ -151,10 +151,12 @@ def inspect_checkpoint(folder: Path, size: Size | None = None, config: EngineCon
     if model is None:
         return CheckpointReport(folder, None, parts, None, None, None)
     geometry = _geometry(model, size or config.parsed_size, config.motion_tokens)
+    device = resolve_device(config.devices)
     memory = predict_memory(
         geometry,
         VaeShape.of_tensors({name: tensor.shape for name, tensor in vae.tensors.items()}) if vae.ok else None,
-        dtype=resolve_dtype(config.precision, resolve_device(config.devices)),
+        precision=resolve_precision(config, device),
+        plain_attention=device.type == "cpu",
         steps=config.steps,
         sessions=config.max_sessions,
         text_parameters=text.parameters,

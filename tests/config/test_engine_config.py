@@ -26,7 +26,10 @@ BAD = {
     "no devices": ({"devices": []}, "devices must be"),
     "auto among devices": ({"devices": ["auto", "cpu"]}, "stands alone"),
     "same device twice": ({"devices": ["cpu", "cpu"]}, "named twice"),
-    "fp8 not built yet": ({"precision": "fp8"}, "not available"),
+    "kv_precision": ({"kv_precision": "int3"}, "kv_precision must be one of"),
+    "kv_precision wider": ({"precision": "fp8", "kv_precision": "fp32"}, "must be auto, bf16 or fp8, not 'fp32'"),
+    "kv_precision narrower": ({"precision": "fp32", "kv_precision": "bf16"}, "must be auto, fp32 or fp8, not 'bf16'"),
+    "fp8_skip as text": ({"fp8_skip": "ffn"}, "fp8_skip must be a list of names, not 'ffn'"),
     "several devices not built yet": ({"devices": ["cuda:0", "cuda:1"]}, "not available"),
     "diagonal not built yet": ({"schedule": "diagonal"}, "not available"),
 }

@@ -5,6 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
+from liveavatar_kernels.cache import FIXED, MOVED, RING
+from liveavatar_kernels.e4m3 import E4M3, padded_to_tile
 from support import CPU, relative_error
 
 from liveavatar_engine.config import StreamGeometry
@@ -60,33 +62,45 @@ def test_angles_of_a_late_block_are_exact() -> None:
     assert abs(float(angle.cos()) - np.cos(np.longdouble(123_456_789))) < 1e-8
 
 
-def test_the_ring_is_written_in_order_and_wraps(network: Network) -> None:
+def _positions(geometry: StreamGeometry, network: Network, dtype: torch.dtype = torch.float32) -> StreamPositions:
+    return StreamPositions(geometry, CacheArena(geometry, 1, 2, dtype, CPU).caches(1), 1, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, E4M3], ids=str)
+def test_the_ring_is_written_in_order_and_wraps(dtype: torch.dtype, network: Network) -> None:
     geometry = StreamGeometry(network.config, 64, 64)
-    positions = StreamPositions(geometry, CPU)
-    views = [positions.block_views(block, [10])[0] for block in range(9)]
-    tokens = geometry.tokens_per_block
-    assert [view.start for view in views] == [0, tokens, 2 * tokens, 3 * tokens] * 2 + [0]
-    assert [view.valid for view in views] == [tokens, 2 * tokens, 3 * tokens] + [4 * tokens] * 6
+    positions = _positions(geometry, network, dtype)
+    places, windows = [], []
+    for block in range(9):
+        view = positions.block_views(block, [10])[0]
+        places.append(view.at.tolist())
+        windows.append(view.window.segments[0].tolist())
+    tokens = padded_to_tile(geometry.tokens_per_block) if dtype == E4M3 else geometry.tokens_per_block
+    assert places == [[1, start * tokens] for start in [0, 1, 2, 3] * 2 + [0]]
+    assert [segments[RING] for segments in windows] == [[0, blocks * tokens] for blocks in [1, 2, 3] + [4] * 6]
+    fixed, moved = geometry.fixed_sink_tokens, geometry.reference_segment.tokens
+    start = padded_to_tile(fixed) - fixed if dtype == E4M3 else 0
+    assert all(segments[FIXED] == [start, fixed] for segments in windows)
+    assert all(segments[MOVED] == [start + fixed, moved] for segments in windows)
 
 
 @pytest.mark.parametrize(
     ("block", "distance", "shift"), [(0, 4, 0), (0, 30, 0), (9, 4, 1), (10, 30, 30), (100, 17, 287)]
 )
 def test_the_reference_rolls_along_but_never_back(block: int, distance: int, shift: int, network: Network) -> None:
-    positions = StreamPositions(StreamGeometry(network.config, 64, 64), CPU)
-    view = positions.block_views(block, [distance])[0]
+    view = _positions(StreamGeometry(network.config, 64, 64), network).block_views(block, [distance])[0]
     expected = AxisFrequencies.of(network.config.head_dim).time_angles([shift])[0]
-    assert torch.allclose(view.shift.cos, expected.cos().float())
-    assert torch.allclose(view.shift.sin, expected.sin().float())
+    assert torch.allclose(view.window.shift, torch.stack((expected.cos(), expected.sin())).float())
 
 
 def test_block_angles_are_rewritten_in_place(network: Network) -> None:
     geometry = StreamGeometry(network.config, 64, 80)
-    positions = StreamPositions(geometry, CPU)
+    positions = _positions(geometry, network)
     frequencies = AxisFrequencies.of(network.config.head_dim)
-    storage = positions.block_views(0, [10])[0].rotation.cos.data_ptr()
-    rotation = positions.block_views(7, [10])[0].rotation
+    storage = positions.block_views(0, [10])[0].angles.time.data_ptr()
+    view = positions.block_views(7, [10])[0]
     angles = frequencies.angles(range(21, 24), range(geometry.grid_rows), range(geometry.grid_columns))
-    assert rotation.cos.data_ptr() == storage
-    assert torch.equal(rotation.cos, angles.cos().float())
-    assert torch.equal(rotation.sin, angles.sin().float())
+    cos, sin = view.angles.table()
+    assert view.angles.time.data_ptr() == storage
+    assert torch.equal(cos, angles.cos().float())
+    assert torch.equal(sin, angles.sin().float())

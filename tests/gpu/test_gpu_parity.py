@@ -94,10 +94,10 @@ def test_no_host_sync_in_a_step(golden_checkpoint) -> None:
         states = torch.randn(1, network.config.audio_layers, network.config.audio_dim, 12)
         inputs = BlockInputs(None, network.audio_inputs(states), None)
         time = network.time_modulation(500.0)
-        positions = StreamPositions(geometry, GPU)
+        positions = StreamPositions(geometry, caches, 1, GPU)
         channels, _, height, width = geometry.block_shape
         reference, motion = (torch.randn(channels, n, height, width, device=GPU) for n in (1, 19))
-        network.prefill_sink(reference, motion, text, caches.sink, positions.sink_rotation())
+        network.prefill_sink(reference, motion, text, caches.sink, positions.sink_view())
         view = positions.block_views(0, [10])[0]
         latents = BlockNoise(geometry, 1).block(0).to(GPU)
         torch.cuda.synchronize()

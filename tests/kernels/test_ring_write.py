@@ -1,53 +1,141 @@
-"""Ring write: norms, rotation, slots and wrapping."""
+"""Ring write: norms, rotation, slots and wrapping, by every implementation."""
 
 import pytest
 import torch
-from liveavatar_kernels.ring_write import ring_write
-from support import relative_error
+from liveavatar_kernels.e4m3 import E4M3, KV_TILE, padded_to_tile, quantize_rows, scale_of, to_e4m3
+from liveavatar_kernels.ring_write import reference, ring_write
+from liveavatar_kernels.ring_write.cases import CASES, EPS, Case, in_torch
+from support import bits, relative_error
 
-from liveavatar_engine.model.rope import AxisFrequencies
-
-HEADS, HEAD_DIM, EPS = 3, 32, 1e-6
-
-
-def _arguments(tokens: int, ring_tokens: int):
-    generator = torch.Generator().manual_seed(tokens)
-    q, k, v = (torch.randn(tokens, HEADS, HEAD_DIM, generator=generator) for _ in range(3))
-    weights = [1 + 0.1 * torch.randn(HEADS * HEAD_DIM, generator=generator) for _ in range(2)]
-    angles = AxisFrequencies.of(HEAD_DIM).angles([40_000], [3], range(tokens))
-    rings = [torch.full((ring_tokens, HEADS, HEAD_DIM), float("nan")) for _ in range(2)]
-    return q, k, v, *weights, angles.cos().float(), angles.sin().float(), *rings
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DENSE = [case for case in CASES if not case.quantized]
+QUANTIZED = [case for case in CASES if case.quantized]
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+by_implementation = pytest.mark.parametrize("implementation", ["reference", "triton"])
 
 
-def _expected(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    flat = x.double().flatten(1)
-    normed = (flat / (flat.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()).view_as(x)
-    turned = torch.view_as_complex(normed.unflatten(-1, (-1, 2))) * torch.complex(cos.double(), sin.double())[:, None]
-    return torch.view_as_real(turned).flatten(-2)
+def _exact(arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated q and k in float64."""
+    cos, sin = (table.double()[:, None] for table in arguments["angles"].table())
+
+    def rotated(x, weight):
+        flat = x.double().flatten(1)
+        normed = (flat / (flat.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()).view_as(x)
+        turned = torch.view_as_complex(normed.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+        return torch.view_as_real(turned).flatten(-2)
+
+    return rotated(arguments["q"], arguments["q_weight"]), rotated(arguments["k"], arguments["k_weight"])
 
 
-@pytest.mark.parametrize("start", [0, 21, 50], ids=["at the head", "inside", "wrapping"])
-def test_normalises_rotates_and_stores(start: int) -> None:
-    q, k, v, q_weight, k_weight, cos, sin, ring_k, ring_v = _arguments(tokens=13, ring_tokens=55)
-    out = ring_write(q, k, v, q_weight, k_weight, cos, sin, ring_k, ring_v, start=start, eps=EPS)
-    slots = (torch.arange(13) + start) % 55
-    assert relative_error(out, _expected(q, q_weight, cos, sin)) <= 1e-6
-    assert relative_error(ring_k[slots], _expected(k, k_weight, cos, sin)) <= 1e-6
-    assert ring_v[slots].equal(v)
+@by_implementation
+@by_dtype
+@pytest.mark.parametrize("case", DENSE, ids=lambda case: case.name)
+def test_as_exact_as_torch_at_that_precision(case: Case, dtype: torch.dtype, implementation: str) -> None:
+    arguments = case.arguments(dtype)
+    q = ring_write(**arguments, implementation=implementation)
+    cache, slots = arguments["cache"], case.slots()
+    for ours, exact, plain in zip((q, cache.k[1, slots]), _exact(arguments), in_torch(arguments), strict=True):
+        assert ours.dtype == dtype
+        assert relative_error(ours, exact) <= 2 * relative_error(plain, exact)
+    assert cache.v[1, slots].equal(arguments["v"])
 
 
-def test_other_slots_stay_untouched() -> None:
-    *arguments, ring_k, ring_v = _arguments(tokens=13, ring_tokens=55)
-    ring_write(*arguments, ring_k, ring_v, start=50, eps=EPS)
-    untouched = slice((50 + 13) % 55, 50)
-    assert ring_k[untouched].isnan().all()
-    assert ring_v[untouched].isnan().all()
+def _by_tile(cache) -> list[torch.Tensor]:
+    """The tensors of an e4m3 cache as [slots, tiles, ...]."""
+    k, v, k_scale, v_scale = cache
+    split = [x.unflatten(axis, (-1, KV_TILE)).movedim(axis, 1) for x, axis in ((k, 1), (v, 3), (k_scale, 2))]
+    return [*split, v_scale.movedim(2, 1)]
 
 
-def test_bf16_rounds_once_per_stage() -> None:
-    q, k, v, q_weight, k_weight, cos, sin, _, _ = _arguments(tokens=13, ring_tokens=55)
-    low = [tensor.bfloat16() for tensor in (q, k, v)]
-    ring_k, ring_v = (torch.full((55, HEADS, HEAD_DIM), float("nan"), dtype=torch.bfloat16) for _ in range(2))
-    out = ring_write(*low, q_weight, k_weight, cos, sin, ring_k, ring_v, start=0, eps=EPS)
-    assert relative_error(out.float(), _expected(low[0], q_weight, cos, sin)) <= 2 * 2**-8
-    assert ring_v[:13].equal(low[2])
+@by_implementation
+@by_case
+def test_other_slots_stay_untouched(case: Case, implementation: str) -> None:
+    arguments = case.arguments(torch.float32)
+    before = [tensor.clone() for tensor in arguments["cache"][:4] if tensor is not None]
+    ring_write(**arguments, implementation=implementation)
+    touched = torch.zeros(case.cache_tokens, dtype=torch.bool)
+    touched[case.slots()] = True
+    after = [tensor for tensor in arguments["cache"][:4] if tensor is not None]
+    if case.quantized:
+        touched = touched.view(-1, KV_TILE).any(-1)
+        before, after = _by_tile(before), _by_tile(after)
+    for old, new in zip(before, after, strict=True):
+        assert bits(new[0]).equal(bits(old[0])), "another session's slot"
+        assert bits(new[1][~touched]).equal(bits(old[1][~touched]))
+        assert not new[1][touched].float().isnan().any()
+
+
+@by_implementation
+@by_dtype
+@pytest.mark.parametrize("case", QUANTIZED, ids=lambda case: case.name)
+def test_e4m3_cache_holds_the_quantised_keys_and_values(case: Case, dtype: torch.dtype, implementation: str) -> None:
+    arguments = case.arguments(dtype)
+    ring_write(**arguments, implementation=implementation)
+    cache, slots = arguments["cache"], case.slots()
+    keys, scales = quantize_rows(_exact(arguments)[1].float())
+    stored = cache.k[1, slots].float() * cache.k_scale[1][:, slots].T[..., None]
+    assert relative_error(cache.k_scale[1][:, slots].T, scales) <= 1e-6
+    exact = keys.float() * scales[..., None]
+    differing = (stored - exact).abs() > 1e-6 * exact.abs()
+    assert differing.float().mean() <= 2e-3, "beyond values that lie on the edge between two e4m3 numbers"
+    assert relative_error(stored, exact) <= 1e-3
+
+    first = case.start // KV_TILE * KV_TILE
+    covered = padded_to_tile(case.start - first + case.tokens)
+    values = torch.zeros(covered, case.heads, case.head_dim)
+    values[slots - first] = arguments["v"].float()
+    tiles = values.unflatten(0, (-1, KV_TILE))
+    value_scales = scale_of(tiles.abs().amax(dim=(1, 3)))
+    expected = to_e4m3(tiles, value_scales[:, None, :, None]).flatten(0, 1)
+    here = slice(first, first + covered)
+    assert cache.v[1, :, :, here].float().equal(expected.permute(1, 2, 0).float())
+    assert cache.v_scale[1, :, first // KV_TILE : (first + covered) // KV_TILE].equal(value_scales.T)
+    unused = torch.ones(covered, dtype=torch.bool)
+    unused[slots - first] = False
+    assert not cache.k[1, here][unused].float().any()
+
+
+def test_reference_is_float64_for_float64() -> None:
+    arguments = DENSE[1].arguments(torch.float64)
+    q = reference.ring_write(**arguments)
+    assert relative_error(q, _exact(arguments)[0]) <= 1e-14
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"k": torch.zeros(9, 2, 64)}, "k: expected"),
+        ({"q_weight": torch.ones(5)}, r"q_weight: expected \[128\]"),
+        ({"at": torch.tensor([1, 0])}, "at: expected int32"),
+        ({"q": torch.zeros(10, 64, 2).transpose(1, 2)}, "q: the heads of a token must lie together"),
+    ],
+    ids=["k", "weight", "at", "strides"],
+)
+def test_arguments_that_do_not_fit(change, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        ring_write(**{**DENSE[1].arguments(torch.float32), **change})
+
+
+def test_e4m3_caches_are_checked() -> None:
+    arguments = QUANTIZED[0].arguments(torch.float32)
+    with pytest.raises(ValueError, match="needs k_scale and v_scale"):
+        ring_write(**{**arguments, "cache": arguments["cache"]._replace(k_scale=None)})
+    assert arguments["cache"].k.dtype == E4M3
+
+
+def test_traces_without_running() -> None:
+    case = DENSE[1]
+    arguments = case.arguments(torch.float32)
+    torch.library.opcheck(
+        torch.ops.liveavatar_kernels.ring_write.default,
+        (
+            *(arguments[name] for name in ("q", "k", "v", "q_weight", "k_weight")),
+            *arguments["angles"],
+            *arguments["cache"],
+            arguments["at"],
+            EPS,
+            "reference",
+        ),
+        test_utils=("test_schema", "test_faketensor"),
+    )

@@ -11,7 +11,7 @@ from liveavatar_engine.denoise.caches import CacheArena, StreamCaches
 from liveavatar_engine.denoise.schedule import Schedule, flow_match_schedule
 from liveavatar_engine.denoise.stream import Denoiser, LatentStream, SinkPolicy
 from liveavatar_engine.model import Network
-from liveavatar_engine.model.rope import AxisFrequencies, rotation_of
+from liveavatar_engine.model.rope import AxisFrequencies
 from liveavatar_engine.weights.network import load_network
 
 BF16_ERROR = 2 * 2**-8
@@ -64,7 +64,7 @@ class GoldenStream:
         )
 
     def _keep_sink(self, after_blocks: int) -> None:
-        self.sinks[after_blocks] = [(layer.k.clone(), layer.v.clone()) for layer in self.caches.sink]
+        self.sinks[after_blocks] = [(layer.k[0].clone(), layer.v[0].clone()) for layer in self.caches.sink]
 
     def reference_order(self, stored: Tensor) -> Tensor:
         """Sink tokens as the reference orders them, [reference | motion], with a batch axis."""
@@ -76,9 +76,8 @@ class GoldenStream:
         frequencies = AxisFrequencies.of(self.geometry.model.head_dim)
         segments = (*self.geometry.fixed_sink, self.geometry.reference_segment)
         angles = torch.cat([frequencies.angles(s.times, s.rows, s.columns) for s in segments])
-        rotation = rotation_of(-angles, CPU, torch.float64)
         pairs = torch.view_as_complex(keys.double().unflatten(-1, (-1, 2)))
-        turn = torch.complex(rotation.cos, rotation.sin)[:, None]
+        turn = torch.polar(torch.ones_like(angles), -angles)[:, None]
         return torch.view_as_real(pairs * turn).flatten(-2)
 
 

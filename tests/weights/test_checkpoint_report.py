@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from liveavatar_kernels.cache import KeyValueCache
+from liveavatar_kernels.e4m3 import E4M3
 from safetensors.torch import load_file, save_file
 from support import CPU
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from liveavatar_engine.config import EngineConfig, ModelConfig, Size, StreamGeometry
+from liveavatar_engine.config.engine import REFERENCE_FP8_SKIP
 from liveavatar_engine.denoise.caches import CacheArena
+from liveavatar_engine.denoise.positions import StreamPositions
 from liveavatar_engine.errors import CheckpointError, ConfigError
-from liveavatar_engine.model.attention import RingView
 from liveavatar_engine.model.network import BlockInputs, Network
-from liveavatar_engine.model.rope import Rotation
+from liveavatar_engine.model.quantize import quantize_linears
+from liveavatar_engine.pipeline.device import Precision
 from liveavatar_engine.vae.layers import History
 from liveavatar_engine.vae.vae import Vae, load_vae
 from liveavatar_engine.weights.create import create_checkpoint
@@ -206,16 +210,28 @@ def test_an_impossible_size_is_an_error(checkpoint: Path) -> None:
         inspect_checkpoint(checkpoint, Size(72, 64, exact=True), ON_CPU)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_weights_and_caches_are_predicted_to_the_byte(checkpoint: Path, precision: str, dtype: torch.dtype) -> None:
-    report = _inspect(checkpoint, precision=precision, steps=3, max_sessions=2)
+@pytest.mark.parametrize(
+    ("precision", "kv_precision", "dtype"),
+    [
+        ("fp32", "auto", torch.float32),
+        ("bf16", "auto", torch.bfloat16),
+        ("fp8", "auto", torch.bfloat16),
+        ("bf16", "fp8", torch.bfloat16),
+    ],
+)
+def test_weights_and_caches_are_predicted_to_the_byte(
+    checkpoint: Path, precision: str, kv_precision: str, dtype: torch.dtype
+) -> None:
+    report = _inspect(checkpoint, precision=precision, kv_precision=kv_precision, steps=3, max_sessions=2)
     memory, geometry = report.memory, report.geometry
     assert memory is not None
     assert geometry is not None
-    arena = CacheArena(geometry, 3, 2, dtype, CPU)
-    assert memory["rings"] + memory["sink"] == arena.bytes
-    assert memory["rings"] == arena._ring_k.nbytes + arena._ring_v.nbytes
+    caches = CacheArena(geometry, 3, 2, E4M3 if kv_precision == "fp8" else dtype, CPU).caches(0)
+    assert memory["rings"] == sum(_nbytes(layer) for step in caches.rings for layer in step)
+    assert memory["sink"] == sum(_nbytes(layer) for layer in caches.sink)
     network = load_network(checkpoint, None, dtype, CPU)
+    if precision == "fp8":
+        quantize_linears(network, REFERENCE_FP8_SKIP)
     assert memory["network"] == sum(parameter.nbytes for parameter in network.parameters())
     vae = load_vae(checkpoint / "Wan2.1_VAE.pth", dtype, CPU)
     assert memory["VAE"] == sum(parameter.nbytes for parameter in vae.parameters())
@@ -224,6 +240,10 @@ def test_weights_and_caches_are_predicted_to_the_byte(checkpoint: Path, precisio
     assert memory["text encoder"] == report["text encoder"].parameters * dtype.itemsize
     assert memory["audio encoder"] == report["audio encoder"].parameters * 4
     assert memory.total == sum(row.bytes for row in memory.rows)
+
+
+def _nbytes(cache: KeyValueCache) -> int:
+    return sum(tensor.nbytes for tensor in (cache.k, cache.v, cache.k_scale, cache.v_scale) if tensor is not None)
 
 
 def test_parts_that_are_not_there_need_no_memory(copy: Path) -> None:
@@ -268,7 +288,8 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _predict(preset: Preset, height: int, width: int, dtype: torch.dtype, vae: bool = True) -> MemoryEstimate:
     geometry = StreamGeometry(preset.model, height, width)
-    return predict_memory(geometry, preset.vae if vae else None, dtype=dtype, steps=1, sessions=1)
+    precision = Precision(dtype, dtype, fp8_skip=None)
+    return predict_memory(geometry, preset.vae if vae else None, precision=precision, steps=1, sessions=1)
 
 
 def _meta_vae(preset: Preset, dtype: torch.dtype) -> Vae:
@@ -289,15 +310,12 @@ def test_working_memory_of_a_step_is_near_the_truth(preset: str, height: int, wi
     network = empty_network(model)
     for name, parameter in network.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if Network.keeps_float32(name) else dtype)
-    pairs = model.head_dim // 2
-    rotation = Rotation(*(torch.zeros(geometry.tokens_per_block, pairs, device=META) for _ in range(2)))
-    shift = Rotation(*(torch.zeros(pairs - 2 * (model.head_dim // 6), device=META) for _ in range(2)))
     with torch.inference_mode():
         caches = CacheArena(geometry, 1, 1, dtype, META).caches(0)
         text = network.text_keys(torch.zeros(1, model.text_dim, device=META))
         audio = network.audio_inputs(torch.zeros(1, model.audio_layers, model.audio_dim, 12, device=META))
         time = network.time_modulation(torch.zeros((), device=META))
-        view = RingView(0, geometry.ring_tokens, rotation, shift, geometry.fixed_sink_tokens)
+        view = StreamPositions(geometry, caches, 1, META).block_views(0, [10])[0]
         latents = torch.zeros(geometry.block_shape, device=META)
         with PeakMemory() as memory:
             network(latents, time, text, BlockInputs(None, audio, None), caches.rings[0], caches.sink, view)

@@ -1,58 +1,76 @@
 """Ring attention in plain PyTorch: the float32 truth that every kernel is compared with."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
+from ..cache import MOVED, KeyValueCache, Window
+from ..e4m3 import KV_TILE
 from ..rotation import rotate_pairs
 
 _LOGIT_BYTES = 1 << 28
 
 
-def ring_attention(
-    q: Tensor,
-    ring_k: Tensor,
-    ring_v: Tensor,
-    sink_k: Tensor,
-    sink_v: Tensor,
-    *,
-    fixed_tokens: int,
-    shift_cos: Tensor,
-    shift_sin: Tensor,
-) -> Tensor:
-    """softmax(q [ring | fixed | R(s) moved]^T / sqrt(head_dim)) [ring | fixed | moved], with R(s) applied to the query.
-
-    The sink is `[fixed | moved]`. Its moved keys are stored rotated at their base positions and stand at a position
-    that is a uniform temporal shift s further: q . R(s) k = (R(-s) q) . k, so the query is rotated back once and no
-    key is touched.
-
-    Args:
-        q: [tokens, heads, head_dim], rotated at the block's positions.
-        ring_k, ring_v: [valid, heads, head_dim], the valid part of the ring, keys rotated; any order.
-        sink_k, sink_v: [sink_tokens, heads, head_dim], keys rotated.
-        fixed_tokens: how many leading sink tokens do not move.
-        shift_cos, shift_sin: [temporal_pairs], cosines and sines of s times each temporal frequency.
-
-    Returns:
-        [tokens, heads, head_dim] in q's dtype; arithmetic in float32 (float64 for float64 input).
-    """
-    moved_q = rotate_pairs(q, shift_cos[None], -shift_sin[None])
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    keys = [_heads_first(k, wide).transpose(1, 2) for k in (ring_k, sink_k[:fixed_tokens], sink_k[fixed_tokens:])]
-    ring_values, sink_values = _heads_first(ring_v, wide), _heads_first(sink_v, wide)
-    scale = q.shape[-1] ** -0.5
-    q, moved_q = _heads_first(q, wide) * scale, _heads_first(moved_q, wide) * scale
-
-    heads, tokens, _ = q.shape
-    ring_tokens, key_count = ring_values.shape[1], ring_values.shape[1] + sink_values.shape[1]
-    rows = max(1, _LOGIT_BYTES // (heads * key_count * wide.itemsize))
+def ring_attention(q: Tensor, ring: KeyValueCache, sink: KeyValueCache, window: Window) -> Tensor:
+    """As the op; arithmetic in float32, or float64 for float64 input. Reads the window's integers on the host."""
+    cos, sin = window.shift
+    moved_q = rotate_pairs(q, cos[None], -sin[None])
+    groups = window.segments.shape[0]
     out = torch.empty_like(q)
+    for group, heads in enumerate(torch.arange(q.shape[1]).chunk(groups)):
+        chosen = slice(int(heads[0]), int(heads[-1]) + 1)
+        segments = gather(ring, sink, window, group, chosen)
+        queries = [moved_q if row == MOVED else q for row, _, _ in segments]
+        out[:, chosen] = _attend(
+            [_heads_first(x[:, chosen], q.dtype) for x in queries],
+            [_heads_first(k, q.dtype).transpose(1, 2) for _, k, _ in segments],
+            [_heads_first(v, q.dtype) for _, _, v in segments],
+        ).to(q.dtype)
+    return out
+
+
+def gather(
+    ring: KeyValueCache, sink: KeyValueCache, window: Window, group: int, heads: slice
+) -> list[tuple[int, Tensor, Tensor]]:
+    """Row, keys and values, dequantised [tokens, heads, head_dim], of each segment that is not empty."""
+    ring_slot, sink_slot = window.slots.tolist()
+    found = []
+    for row, (start, length) in enumerate(window.segments[group].tolist()):
+        if length:
+            cache, slot = (ring, ring_slot) if row < 2 else (sink, sink_slot)
+            found.append((row, *_segment(cache, slot, start, length, heads)))
+    return found
+
+
+def _segment(cache: KeyValueCache, slot: int, start: int, length: int, heads: slice) -> tuple[Tensor, Tensor]:
+    k = cache.k[slot, start : start + length, heads]
+    if not cache.quantized:
+        return k, cache.v[slot, start : start + length, heads]
+    assert cache.k_scale is not None
+    assert cache.v_scale is not None
+    tokens = torch.arange(start, start + length, device=k.device)
+    tokens = tokens[tokens % cache.run_stride < cache.run_length]
+    k_scale, v_scale = cache.k_scale[slot, heads][:, tokens], cache.v_scale[slot, heads][:, tokens // KV_TILE]
+    v = cache.v[slot, heads][:, :, tokens].float().permute(2, 0, 1)
+    return cache.k[slot, tokens, heads].float() * k_scale.T[..., None], v * v_scale.T[..., None]
+
+
+def _attend(queries: list[Tensor], keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    """softmax([q k for each segment]) [v of each segment]: [tokens, heads, head_dim], a tile of queries at a time."""
+    heads, tokens, head_dim = queries[0].shape
+    scale = head_dim**-0.5
+    lengths = [v.shape[1] for v in values]
+    rows = max(1, _LOGIT_BYTES // (heads * sum(lengths) * keys[0].itemsize))
+    out = torch.empty_like(queries[0])
     for start in range(0, tokens, rows):
         tile = slice(start, start + rows)
-        queries = (q[:, tile], q[:, tile], moved_q[:, tile])
-        weights = torch.cat([a @ b for a, b in zip(queries, keys, strict=True)], dim=-1).softmax(dim=-1)
-        out[:, tile] = weights[..., :ring_tokens] @ ring_values + weights[..., ring_tokens:] @ sink_values
-    return out.transpose(0, 1).to(ring_v.dtype)
+        logits = [(q[:, tile] * scale) @ k for q, k in zip(queries, keys, strict=True)]
+        weights = torch.cat(logits, dim=-1).softmax(dim=-1).split(lengths, dim=-1)
+        out[:, tile] = sum((w @ v for w, v in zip(weights, values, strict=True)), start=torch.zeros(()))
+    return out.transpose(0, 1)
 
 
-def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.transpose(0, 1).to(dtype)
+def _heads_first(x: Tensor, like: torch.dtype) -> Tensor:
+    """[tokens, heads, head_dim] -> [heads, tokens, head_dim], in float32, float64 for float64."""
+    return x.transpose(0, 1).to(torch.float64 if like == torch.float64 else torch.float32)

@@ -1,9 +1,14 @@
 """Ring write in plain PyTorch: the float32 truth that every kernel is compared with."""
 
+from __future__ import annotations
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..rotation import rotate_pairs
+from ..cache import KeyValueCache
+from ..e4m3 import KV_TILE, padded_to_tile, quantize_rows, scale_of, to_e4m3
+from ..rotation import Angles, rotate_pairs
 
 
 def ring_write(
@@ -12,41 +17,48 @@ def ring_write(
     v: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    ring_k: Tensor,
-    ring_v: Tensor,
+    angles: Angles,
+    cache: KeyValueCache,
+    at: Tensor,
     *,
-    start: int,
     eps: float,
 ) -> Tensor:
-    """q, k <- R(position) RMSNorm(q), R(position) RMSNorm(k); the ring takes k and v; q is returned.
-
-    The norm runs over the whole dim, all heads together; the rotation over adjacent pairs of each head.
-
-    Args:
-        q, k, v: [tokens, heads, head_dim], as projected.
-        q_weight, k_weight: [heads * head_dim].
-        cos, sin: [tokens, head_dim / 2], the block's angles.
-        ring_k, ring_v: [ring_tokens, heads, head_dim], written in place at `start`, wrapping at the end.
-        start: first slot, a token index below ring_tokens.
-        eps: added to the mean square.
-
-    Returns:
-        The rotated query, [tokens, heads, head_dim] in q's dtype.
-    """
-    q = rotate_pairs(whole_dim_rms_norm(q, q_weight, eps), cos, sin)
-    k = rotate_pairs(whole_dim_rms_norm(k, k_weight, eps), cos, sin)
-    tokens, ring_tokens = k.shape[0], ring_k.shape[0]
-    first = min(tokens, ring_tokens - start)
-    for ring, new in ((ring_k, k), (ring_v, v)):
-        ring[start : start + first].copy_(new[:first])
-        ring[: tokens - first].copy_(new[first:])
-    return q
+    """As the op; arithmetic in float32, or float64 for float64 input. Reads `at` on the host."""
+    cos, sin = angles.table()
+    rotated_q, rotated_k = (
+        rotate_pairs(_whole_dim_rms_norm(x, weight, eps), cos, sin) for x, weight in ((q, q_weight), (k, k_weight))
+    )
+    slot, start = at.tolist()
+    if cache.quantized:
+        _store_quantized(cache, slot, start, rotated_k, v)
+    else:
+        for stored, new in ((cache.k[slot], rotated_k), (cache.v[slot], v)):
+            first = min(len(new), cache.tokens - start)
+            stored[start : start + first].copy_(new[:first])
+            stored[: len(new) - first].copy_(new[first:])
+    return rotated_q.to(q.dtype)
 
 
-def whole_dim_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last two axes of [..., heads, head_dim] together, in float32 (float64 stays)."""
+def _whole_dim_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last two axes of [..., heads, head_dim] together: float32, float64 stays."""
     flat = x.flatten(-2)
-    wide = flat if flat.dtype.itemsize == 8 else flat.float()
-    return F.rms_norm(wide, flat.shape[-1:], weight.to(wide.dtype), eps).to(x.dtype).view_as(x)
+    wide = flat if flat.dtype == torch.float64 else flat.float()
+    return F.rms_norm(wide, flat.shape[-1:], weight.to(wide.dtype), eps).view_as(x)
+
+
+def _store_quantized(cache: KeyValueCache, slot: int, start: int, k: Tensor, v: Tensor) -> None:
+    """Store in whole tiles from the one that holds `start`; what the block leaves of them is zeroed."""
+    assert cache.k_scale is not None
+    assert cache.v_scale is not None
+    first = start // KV_TILE * KV_TILE
+    before, covered = start - first, padded_to_tile(start - first + len(k))
+    padded = (0, 0, 0, 0, before, covered - before - len(k))
+    keys, key_scales = quantize_rows(F.pad(k.float(), padded))
+    tiles = F.pad(v.float(), padded).unflatten(0, (-1, KV_TILE))
+    value_scales = scale_of(tiles.abs().amax(dim=(1, 3)))
+    values = to_e4m3(tiles, value_scales[:, None, :, None]).flatten(0, 1)
+    here = slice(first, first + covered)
+    cache.k[slot, here] = keys
+    cache.v[slot, :, :, here] = values.permute(1, 2, 0)
+    cache.k_scale[slot, :, here] = key_scales.T
+    cache.v_scale[slot, :, first // KV_TILE : (first + covered) // KV_TILE] = value_scales.T
