@@ -3,6 +3,9 @@
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 RESULTS ?= bench/results
+# Triton versions and GPUs that `make aot` compiles for: that of the GPU machine, and the newest.
+TRITON ?= 3.6.0 3.9.0
+ARCH ?= 80 89 90 100 120
 # Not from the environment: names this general belong to other tools too.
 ARGS =
 OUT = demo.mp4
@@ -15,7 +18,7 @@ GPU_PYTEST = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" RESULTS="$(RESULTS)" "$(GP
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format endurance csrc test-gpu gpu-gate clean
+.PHONY: help setup demo test lint format endurance aot csrc test-gpu gpu-gate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +59,15 @@ format: $(STAMP) ## format the code and apply ruff's safe fixes
 
 endurance: $(STAMP) ## run the tiny model for 10,000 s of video; memory, speed and statistics must stay flat; writes docs/endurance.md
 	$(VENV)/bin/python -m bench.endurance --out docs/endurance.md $(ARGS)
+
+aot: $(TRITON:%=build/triton-%) ## compile every Triton kernel ahead of time, tables in RESULTS (ARCH="90 120", TRITON="3.6.0")
+	@for version in $(TRITON); do \
+		PYTHONPATH=build/triton-$$version PYTHONWARNINGS=ignore $(VENV)/bin/python -m bench.aot --arch $(ARCH) \
+			--out "$(RESULTS)/aot-triton-$$version.md" $(ARGS) || exit 1; \
+	done
+
+build/triton-%: | $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $@ triton==$*
 
 csrc: $(STAMP) ## compile csrc/ for Hopper GPUs into the checkout and look at the machine code; needs nvcc (ARGS="-j 1": less memory)
 	$(VENV)/bin/python -m pip install --quiet --no-deps -c constraints.txt pybind11 ninja nvidia-cutlass

@@ -22,6 +22,7 @@ class KernelSpec:
         options: of the compiler, such as num_warps and num_stages.
         divisible_by_16: arguments whose value, or address, is a multiple of 16.
         matrix: whether matrix instructions are expected in what the compiler makes of it.
+        gluon: whether the function is written in Gluon, which is compiled from GluonASTSource.
     """
 
     name: str
@@ -31,6 +32,7 @@ class KernelSpec:
     options: Mapping[str, int]
     divisible_by_16: tuple[str, ...]
     matrix: bool = False
+    gluon: bool = False
 
 
 def kernel_spec(

@@ -62,7 +62,7 @@ def _take_tiles(
 
     With MASKED only tokens from `low` to `high` count, and those that no run holds do not; a tile of an e4m3 cache is
     written as a whole, so that it can be loaded as a whole. The scale of e4m3 values goes into the exponent: p carries
-    it, and the sum is freed of it tile by tile.
+    it, and the sum is freed of it tile by tile. `values` is [QUERIES, HEAD_DIM], over an e4m3 cache its transpose.
     """
     lane = tl.arange(0, HEAD_DIM)
     for tile in tl.range(first_tile, last_tile, num_stages=1 if MASKED and not QUANTIZED else None):
@@ -99,11 +99,13 @@ def _take_tiles(
             new_maximum = tl.maximum(maximum, tl.max(s, 1) * q_factor)
             p = tl.exp2(s * q_factor - new_maximum[:, None])
         decay = tl.exp2(maximum - new_maximum)
-        values = values * decay[:, None]
         if QUANTIZED:
             total = total * decay + tl.sum(p, 1) * tl.math.div_rn(1.0, v_scale)
-            values = tl.dot(p.to(tl.float8e4nv), tl.trans(v), values, input_precision=PRECISION)
+            values = values * decay[None, :]
+            # Transposed, so that p comes from shared memory: repacking it in registers would serialise wgmma.
+            values = tl.dot(v, tl.trans(p.to(tl.float8e4nv)), values, input_precision=PRECISION)
         else:
+            values = values * decay[:, None]
             total = total * decay + tl.sum(p, 1)
             values = tl.dot(p.to(v.dtype), v, values, input_precision=PRECISION)
         maximum = new_maximum
@@ -231,7 +233,7 @@ def attend(
     part_first = part * key_tiles // part_count
     part_last = (part + 1) * key_tiles // part_count
 
-    values = tl.zeros((QUERIES, HEAD_DIM), tl.float32)
+    values = tl.zeros((HEAD_DIM, QUERIES) if QUANTIZED else (QUERIES, HEAD_DIM), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     maximum = tl.full((QUERIES,), _NOTHING_YET, tl.float32)
     ring_slot = tl.load(slots_ptr).to(tl.int64)
@@ -301,6 +303,8 @@ def attend(
             )  # fmt: skip
         before += count
 
+    if QUANTIZED:
+        values = tl.trans(values)
     if split:
         store = partial_ptr + (program - whole).to(tl.int64) * QUERIES * (HEAD_DIM + 2)
         row, lane = tl.arange(0, QUERIES), tl.arange(0, HEAD_DIM)
