@@ -18,10 +18,10 @@ GPU_PYTEST = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" RESULTS="$(RESULTS)" "$(GP
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format endurance aot csrc test-gpu gpu-gate clean
+.PHONY: help setup demo test lint format endurance aot csrc test-gpu gpu-gate bench-kernels clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## create .venv with everything needed (PYTHON=python3.12, TORCH=cpu|cuda to choose)
 
@@ -80,6 +80,9 @@ test-gpu: ## run the GPU tests with GPU_PYTHON (default python3), which must hav
 gpu-gate: ## what must pass on a GPU before a release: the GPU tests, their report in RESULTS (bench/results)
 	mkdir -p "$(RESULTS)"
 	$(GPU_PYTEST) --junit-xml="$(RESULTS)/gpu-tests.xml" $(ARGS)
+
+bench-kernels: ## check and time every kernel at the 14B model's sizes with GPU_PYTHON; writes RESULTS/kernels.json
+	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" "$(GPU_PYTHON)" -m bench.kernels --json "$(RESULTS)/kernels.json" $(ARGS)
 
 clean: ## remove what was built (.venv stays)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.mp4

@@ -175,7 +175,9 @@ def _assembler_notes(path: Path, ptx: str) -> str:
     """What ptxas says with -v; of the two that Triton brings, one knows the PTX version."""
     target = re.search(r"\.target (\w+)", ptx)
     assert target is not None
-    said = [_run(name, "-v", f"-arch={target[1]}", str(path), "-o", os.devnull) for name in ("ptxas", "ptxas-blackwell")]
+    said = [
+        _run(name, "-v", f"-arch={target[1]}", str(path), "-o", os.devnull) for name in ("ptxas", "ptxas-blackwell")
+    ]
     return next(text for text in said if "spill stores" in text)
 
 

@@ -1,0 +1,577 @@
+"""The kernel bench without a GPU: what is right, what a time means, what is written. The clock is a fake."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from liveavatar_kernels.fp8_linear import OP as FP8_LINEAR_OP
+from liveavatar_kernels.fp8_linear import choices
+from liveavatar_kernels.model_sizes import WAN_14B
+from rich.console import Console
+from support import CPU
+
+from bench import kernels
+from bench.kernel_bench import choose, report, rows, subjects, targets, timing
+from bench.kernel_bench.checks import Error, Finding, Outputs, duplicate, poisoned_memory
+from bench.kernel_bench.rows import Limits, Row, failures, fastest, limits_of, timed, with_ratios, write_atomically
+from bench.kernel_bench.runner import Conditions, run_case
+from bench.kernel_bench.subjects import ONE_BUFFER, SUBJECTS, Subject
+from bench.kernel_bench.timing import Ceilings, Launcher, Summary, launcher, measure, sets_beyond_cache
+
+DENSE = subjects.RING_ATTENTION.cases[0]
+E4M3 = next(case for case in subjects.RING_ATTENTION.cases if case.quantized)
+
+
+class FakeClock:
+    """Every run takes `us`, whatever it does."""
+
+    def __init__(self, us: float = 10_000.0, captures: bool = True, syncs: bool = False) -> None:
+        self.us, self.captures, self.syncs, self.runs = us, captures, syncs, 0
+
+    def times(self, body: Callable[[], object], repeats: int) -> list[float]:
+        body()
+        self.runs += repeats
+        return [self.us] * repeats
+
+    def capture(self, body: Callable[[], object]) -> Callable[[], object]:
+        if not self.captures:
+            raise RuntimeError("no\nsecond line")
+        return body
+
+    def reads_the_device(self, body: Callable[[], object]) -> bool:
+        body()
+        return self.syncs
+
+
+def conditions(*implementations: str, **changes: Any) -> Conditions:
+    clock = changes.pop("clock", FakeClock())
+    return Conditions(CPU, clock, 1, 1, implementations=implementations, **changes)
+
+
+def row(case: str = "one", implementation: str = "triton", us: float | None = 10.0, **changes: Any) -> Row:
+    status = rows.MEASURED if us is not None else rows.ABSENT
+    return Row("op", case, implementation, "bf16", status, us=us, **changes)
+
+
+class TestChecks:
+    @pytest.fixture(params=[(s, c) for s in SUBJECTS for c in (s.cases[0], s.cases[-1])], ids=lambda p: p[0].name)
+    def right(self, request: pytest.FixtureRequest) -> tuple[Any, Outputs]:
+        """A judge, and a right result."""
+        subject, case = request.param
+        arguments = subject.arguments(case, torch.bfloat16, CPU, 3)
+        return subject.judge(case, arguments), subject.run(case, duplicate(arguments), "reference")
+
+    @staticmethod
+    def changed(outputs: Outputs, number: int, change: Callable[[torch.Tensor], None]) -> Outputs:
+        copies = duplicate(outputs)
+        wide = copies[number].float()
+        change(wide)
+        copies[number].copy_(wide)
+        return copies
+
+    def test_a_right_result_passes(self, right: tuple[Any, Outputs]) -> None:
+        judge, outputs = right
+        findings = judge("reference", outputs)
+        assert findings
+        assert [str(finding) for finding in findings if not finding.passes] == []
+
+    def test_what_nobody_wrote_fails(self, right: tuple[Any, Outputs]) -> None:
+        judge, outputs = right
+        for number, output in enumerate(outputs):
+            findings = judge("reference", self.changed(outputs, number, lambda x: x.fill_(float("nan"))))
+            assert not all(finding.passes for finding in findings), f"output {number}, {list(output.shape)}"
+
+    def test_a_single_wrong_row_fails(self, right: tuple[Any, Outputs]) -> None:
+        judge, outputs = right
+
+        def spoil(x: torch.Tensor) -> None:
+            x.view(-1, x.shape[-1])[-1].nan_to_num_(1.0).mul_(1.5).add_(1.0)
+
+        for number, output in enumerate(outputs):
+            findings = judge("reference", self.changed(outputs, number, spoil))
+            assert not all(finding.passes for finding in findings), f"output {number}, {list(output.shape)}"
+
+    def test_a_slightly_wrong_row_of_many_is_seen(self) -> None:
+        exact = torch.randn(100_000, 16, generator=torch.Generator().manual_seed(0))
+        ours = exact.clone()
+        ours[77] += 0.5
+        error = Error.of(ours, exact)
+        assert error.total < 2e-3
+        assert error.worst > 0.1
+
+    def test_an_error_is_never_nothing(self) -> None:
+        assert Error.of(torch.zeros(3), torch.zeros(4)).total == float("inf")
+        assert Error.of(torch.ones(2, 2), torch.zeros(2, 2)).total == float("inf")
+        assert Error.of(torch.zeros(2, 2), torch.zeros(2, 2)) == (0.0, 0.0)
+        assert not Finding("", Error.of(torch.tensor([float("nan")]), torch.ones(1)).total, 1e9).passes
+        assert not Finding("", float("nan"), 1.0, at_least=True).passes
+        assert str(Finding("result: dB", 12.0, 25.0, at_least=True)) == "result: dB: 12, allowed from 25"
+
+    def test_copies_keep_strides_and_shared_memory(self) -> None:
+        fused = torch.arange(24.0).view(4, 6)
+        first, (second, nothing) = duplicate((fused[:, :2], (fused[:, 2:], None)))
+        assert nothing is None
+        assert first.stride() == (6, 1)
+        first[0, 0] = 7.0
+        assert second.untyped_storage()[0] == first.untyped_storage()[0]
+        assert fused[0, 0] == 0.0
+
+    def test_poison_ends_where_it_should(self) -> None:
+        real = torch.empty
+        with poisoned_memory():
+            assert torch.empty is not real
+            assert torch.zeros(1).new_empty(3).isnan().all()
+        assert torch.empty is real
+
+
+class TestTiming:
+    def test_calls_take_turns_in_a_graph_that_is_long_enough(self) -> None:
+        called = []
+        clock = FakeClock(us=200.0)
+        one = launcher([lambda: called.append(0), lambda: called.append(1)], clock)
+        called.clear()
+        one.body()
+        assert called == [0, 1] * 10, "2,000 us of turns that take 200"
+        assert (one.calls, one.how, one.why) == (20, "graph", None)
+
+    def test_what_cannot_be_captured_is_launched(self) -> None:
+        one = launcher([lambda: None], FakeClock(captures=False))
+        assert (one.how, one.why) == ("launches", "capture failed: RuntimeError: no")
+        one = launcher([lambda: None], FakeClock(syncs=True))
+        assert (one.how, one.why) == ("launches", "it reads device values on the host")
+
+    def test_times_are_those_of_one_call(self) -> None:
+        clock = FakeClock(us=300.0)
+        assert measure([Launcher(lambda: None, 3, "graph")] * 2, 50, clock) == [Summary(100.0, 100.0, 100.0)] * 2
+        assert clock.runs >= 100
+        assert measure([], 50, clock) == []
+
+    def test_median_and_spread(self) -> None:
+        assert Summary.of([float(x) for x in range(101)]) == (50.0, 10.0, 90.0)
+
+    def test_sets_do_not_fit_in_the_cache(self) -> None:
+        assert sets_beyond_cache(400 << 20, 50 << 20) == 1
+        assert sets_beyond_cache(52 << 20, 60 << 20) == 5
+        assert sets_beyond_cache(1, 50 << 20) == timing._MOST_SETS
+
+    def test_ceilings(self) -> None:
+        found = timing.measure_ceilings(CPU, FakeClock(us=1.0), 5, copy_bytes=2_000_000, side=100)
+        assert found == Ceilings(copy_gbps=2000.0, matmul_tflops=2.0)
+
+
+class TestRunner:
+    def test_every_implementation_has_a_row(self) -> None:
+        found = {one.implementation: one for one in run_case(subjects.RING_ATTENTION, DENSE, conditions("sdpa", "fa3"))}
+        for name in ("sdpa", "sdpa" + ONE_BUFFER):
+            assert found[name].status == rows.MEASURED
+            assert found[name].library
+            assert found[name].how == "graph"
+            assert found[name].us is not None
+            assert found[name].checks
+        assert (found["fa3"].status, found["fa3"].reason) == (rows.ABSENT, "needs a CUDA device")
+        assert found["triton"].reason == "not among --implementations"
+        assert {one.name for one in subjects.RING_ATTENTION.op.implementations} <= set(found)
+        assert failures(list(found.values())) == []
+
+    def test_truths_are_not_timed_unasked(self) -> None:
+        (found,) = (
+            one
+            for one in run_case(subjects.RMS_NORM_SILU, subjects.RMS_NORM_SILU.cases[0], conditions())
+            if one.implementation == "reference"
+        )
+        assert (found.status, found.us) == (rows.SKIPPED, None)
+
+    @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
+    def test_every_op_runs(self, subject: Subject) -> None:
+        case = subject.cases[0]
+        found = {one.implementation: one for one in run_case(subject, case, conditions("reference"))}
+        assert found["reference"].status == rows.MEASURED, found["reference"].reason
+        assert found["reference"].gbps == pytest.approx(subject.bytes(case) / found["reference"].us / 1e3)
+        assert found["reference"].dtype == subject.dtype(case)
+
+    def test_no_library_for_e4m3_attention(self) -> None:
+        found = {one.implementation: one for one in run_case(subjects.RING_ATTENTION, E4M3, conditions("sdpa"))}
+        assert found["sdpa"].status == rows.MEASURED, "a small case is its own rival"
+        large = next(case for case in subjects.RING_ATTENTION.model_cases(WAN_14B) if case.quantized)
+        assert subjects.RING_ATTENTION.rivals(large) == "3168 tokens"
+        found = {one.implementation: one for one in run_case(subjects.RING_ATTENTION, large, conditions("sdpa"))}
+        assert found["sdpa"].status == rows.SKIPPED
+        assert "measured as '3168 tokens'" in found["sdpa"].reason
+
+    @pytest.mark.parametrize(
+        ("change", "status"),
+        [
+            (lambda out: out * 1.05, rows.WRONG),
+            (lambda out: torch.empty_like(out), rows.WRONG),
+            (lambda out: out[:, :1], rows.WRONG),
+            (lambda out: 1 / 0, rows.FAILED),
+        ],
+        ids=["wrong", "unwritten", "shape", "raises"],
+    )
+    def test_what_is_wrong_gets_no_time(self, change: Callable[[torch.Tensor], Any], status: str) -> None:
+        real = subjects.RMS_NORM_SILU
+        broken = dataclasses.replace(real, run=lambda *given: (change(real.run(*given)[0]),))
+        clock = FakeClock()
+        found = run_case(broken, real.cases[0], conditions("reference", clock=clock))
+        (one,) = (one for one in found if one.implementation == "reference")
+        assert (one.status, one.us, one.ratio) == (status, None, None)
+        assert clock.runs == 0
+        (sentence,) = failures(found)
+        assert sentence.startswith("rms_norm_silu, 2x3x17 positions of 96, full size, reference: ")
+
+    def test_what_cannot_be_checked_gets_no_time(self) -> None:
+        def judge(*_: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+        broken = dataclasses.replace(subjects.RMS_NORM_SILU, judge=judge)
+        found = run_case(broken, broken.cases[0], conditions("reference"))
+        (sentence,) = failures(found)
+        assert sentence.endswith("unchecked: the reference or the yardstick failed: RuntimeError: out of memory")
+
+    def test_each_check_starts_with_a_cache_that_nobody_wrote(self) -> None:
+        """What an implementation left in a cache must not pass for the work of the next."""
+        real = subjects.RING_WRITE
+        calls = []
+
+        def lazy(case: Any, arguments: Any, implementation: str | None) -> Outputs:
+            calls.append(1)
+            assert arguments["cache"].k.isnan().all() or len(calls) > 1
+            return real.run(case, arguments, implementation)
+
+        found = run_case(dataclasses.replace(real, run=lazy), real.cases[0], conditions("reference"))
+        assert next(one for one in found if one.implementation == "reference").status == rows.MEASURED
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs in the interpreter only without a GPU")
+    def test_refusals_are_rows(self) -> None:
+        import interpreter  # noqa: F401
+
+        found = run_case(subjects.RMS_NORM_SILU, subjects.RMS_NORM_SILU.cases[3], conditions("triton"))
+        assert next(one for one in found if one.implementation == "triton").status == rows.MEASURED
+        double = conditions("triton", dtype=torch.float64)
+        found = run_case(subjects.RMS_NORM_SILU, subjects.RMS_NORM_SILU.cases[3], double)
+        (refused,) = (one for one in found if one.implementation == "triton")
+        assert refused.status == rows.REFUSED
+        assert "no float64" in str(refused.reason)
+
+
+class TestRows:
+    def test_numbers_follow_from_time(self) -> None:
+        blank = row(us=None, flops=2_000_000, bytes=1_000_000)
+        found = timed(blank, Summary(10.0, 9.0, 12.0), Limits(1.0, 2.0, 500.0), Ceilings(200.0, 1.0))
+        assert (found.us, found.us_p10, found.us_p90) == (10.0, 9.0, 12.0)
+        assert (found.tflops, found.gbps) == (pytest.approx(0.2), pytest.approx(100.0))
+        assert found.compute_share == pytest.approx(0.2)
+        assert found.memory_share == pytest.approx(0.2)
+        assert found.copy_share == pytest.approx(0.5)
+        in_e4m3 = timed(dataclasses.replace(blank, dtype="e4m3"), Summary(10.0, 9.0, 12.0), Limits(1, 2, 500), None)
+        assert (in_e4m3.compute_share, in_e4m3.copy_share) == (pytest.approx(0.1), None)
+        unknown = timed(dataclasses.replace(blank, flops=None), Summary(10.0, 9.0, 12.0), None, None)
+        assert (unknown.tflops, unknown.compute_share, unknown.memory_share) == (None, None, None)
+
+    @pytest.mark.parametrize(
+        ("device", "memory"),
+        [
+            ("NVIDIA H200", 4800.0),
+            ("NVIDIA H100 80GB HBM3", 3350.0),
+            ("NVIDIA H100 PCIe", 2000.0),
+            ("NVIDIA H100 NVL", 3900.0),
+            ("NVIDIA H800", 3350.0),
+            ("NVIDIA B200", 8000.0),
+            ("NVIDIA L40S", 864.0),
+            ("NVIDIA GeForce RTX 4090", 1008.0),
+            ("NVIDIA GeForce RTX 4090 D", None),
+            ("NVIDIA H20", None),
+            ("NVIDIA GH200 480GB", None),
+        ],
+    )
+    def test_datasheets(self, device: str, memory: float | None) -> None:
+        limits = limits_of(device)
+        assert (limits and limits.memory) == memory
+
+    def test_ratios_are_to_the_fastest_library_of_the_same_case(self) -> None:
+        found = with_ratios(
+            [
+                row("one", "triton", 10.0),
+                row("one", "sdpa", 30.0, library=True),
+                row("one", "cudnn", 15.0, library=True),
+                row("one", "fa3", None, library=True),
+                row("one, e4m3", "triton", 5.0, rivals="one"),
+                row("two", "triton", 10.0),
+            ]
+        )
+        assert [one.ratio for one in found] == [1.5, 0.5, 1.0, None, 3.0, None]
+        assert found[0].best_library == "cudnn"
+
+    def test_fastest_of_ours(self) -> None:
+        found = [row("one", "triton", 10.0), row("one", "gluon", 8.0), row("one", "sdpa", 1.0, library=True)]
+        found += [row("one", "reference", 2.0), row("two", "triton", None)]
+        assert [one.implementation for one in fastest(found, "op")] == ["gluon"]
+
+    def test_libraries_may_fail_to_run_but_not_be_wrong(self) -> None:
+        broken = [
+            Row("op", "case", "cudnn", "bf16", status, "why", library=True) for status in (rows.FAILED, rows.WRONG)
+        ]
+        assert failures(broken) == ["op, case, cudnn: wrong: why"]
+
+    def test_json_holds_everything(self) -> None:
+        measured = timed(row(us=None, bytes=100), Summary(1.0, 1.0, 1.0), None, None)
+        verdicts = targets.judge([], WAN_14B)
+        found = json.loads(rows.as_json({"commit": "abc"}, Ceilings(1.0, 2.0), [measured], verdicts))
+        assert found["environment"] == {"commit": "abc"}
+        assert found["ceilings"] == {"copy_gbps": 1.0, "matmul_tflops": 2.0}
+        assert found["rows"][0] == {**dataclasses.asdict(measured), "checks": []}
+        assert {one["verdict"] for one in found["targets"]} == {targets.NOT_MEASURED}
+
+    def test_files_are_replaced_as_a_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "results" / "kernels.json"
+        write_atomically(path, "old")
+
+        def fail(*_: Any) -> None:
+            raise OSError("disk full")
+
+        monkeypatch.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            write_atomically(path, "new")
+        assert path.read_text() == "old"
+        assert list(path.parent.iterdir()) == [path]
+
+
+def verdict(subject: Subject, numbers: dict[str, float]) -> targets.Verdict:
+    """Of the first target of a subject, for rows with `numbers` as ratios and shares."""
+    measured = [
+        Row(subject.name, case, "triton", "", rows.MEASURED, us=1.0, ratio=number, copy_share=number)
+        for case, number in numbers.items()
+    ]
+    (target,) = (one for one in targets.TARGETS if one.subject is subject)
+    return targets.judge(measured, WAN_14B, [target])[0]
+
+
+class TestTargets:
+    CASES = tuple(case.name for case in subjects.PAIR.model_cases(WAN_14B))
+
+    def test_met_missed_and_not_measured(self) -> None:
+        assert verdict(subjects.PAIR, dict.fromkeys(self.CASES, 1.0)).verdict == targets.MET
+        almost = verdict(subjects.PAIR, dict.fromkeys(self.CASES[1:], 1.5))
+        assert (almost.verdict, almost.missing) == (targets.NOT_MEASURED, self.CASES[:1])
+        assert verdict(subjects.PAIR, {self.CASES[0]: 0.99}).verdict == targets.MISSED
+        assert verdict(subjects.PAIR, {}).verdict == targets.NOT_MEASURED
+
+    def test_attention_is_judged_by_dtype(self) -> None:
+        ratios = {"3168 tokens": 1.1, "3375 tokens": 1.0, "3168 tokens, e4m3": 1.5, "3375 tokens, e4m3": 1.3}
+        measured = [
+            Row("ring_attention", case, "triton", "", rows.MEASURED, us=1.0, ratio=ratio)
+            for case, ratio in ratios.items()
+        ]
+        bf16, e4m3, *others = targets.judge(measured, WAN_14B)
+        assert (bf16.verdict, bf16.least) == (targets.MET, 1.0)
+        assert (e4m3.verdict, e4m3.least) == (targets.MISSED, 1.4)
+        assert {one.verdict for one in others} == {targets.NOT_MEASURED}
+
+    def test_norms_are_judged_by_bandwidth(self) -> None:
+        names = [case.name for case in subjects.MODULATED_NORM.model_cases(WAN_14B)]
+        assert verdict(subjects.MODULATED_NORM, dict.fromkeys(names, 0.8)).verdict == targets.MET
+        assert verdict(subjects.MODULATED_NORM, dict.fromkeys(names, 0.79)).verdict == targets.MISSED
+
+
+def linear_rows(us: dict[str, float], **changes: float) -> list[Row]:
+    """A row for every case of fp8_linear and implementation; `changes` by implementation for the first case."""
+    first, *others = subjects.FP8_LINEAR.model_cases(WAN_14B)
+    found = [
+        Row("fp8_linear", case.name, name, "e4m3", rows.MEASURED, us=time)
+        for case in others
+        for name, time in us.items()
+    ]
+    return found + [
+        Row("fp8_linear", first.name, name, "e4m3", rows.MEASURED, us=time) for name, time in {**us, **changes}.items()
+    ]
+
+
+class TestChoices:
+    def chosen(self, measured: list[Row]) -> list[dict[str, Any]]:
+        return choose.choose(measured, WAN_14B, "NVIDIA H200", "abc", "python -m bench.kernels --choose")
+
+    def test_the_fastest_on_average_is_chosen(self) -> None:
+        found = self.chosen(linear_rows({"triton": 100.0, "cublaslt": 90.0, "reference": 1.0}, cublaslt=200.0))
+        assert [(one["in"], one["out"], one["implementation"]) for one in found] == [
+            (5120, 15360, "triton"),
+            (5120, 5120, "cublaslt"),
+            (5120, 13824, "cublaslt"),
+            (13824, 5120, "cublaslt"),
+        ]
+        assert found[0]["measured"] == {
+            "commit": "abc",
+            "command": "python -m bench.kernels --choose",
+            "us": {"triton": 100.0, "cublaslt": 145.0},
+        }
+
+    def test_noise_chooses_nothing(self) -> None:
+        assert {one["implementation"] for one in self.chosen(linear_rows({"triton": 100.0, "cublaslt": 99.0}))} == {
+            "triton"
+        }
+
+    def test_only_what_was_measured_everywhere_counts(self) -> None:
+        measured = linear_rows({"triton": 100.0, "cublaslt": 50.0})
+        measured = [one for one in measured if "3168" not in one.case or one.implementation != "cublaslt"]
+        assert {one["implementation"] for one in self.chosen(measured)} == {"triton"}
+        assert self.chosen([one for one in measured if "3168" not in one.case]) == []
+
+    def test_other_devices_keep_their_rows(self) -> None:
+        names = [implementation.name for implementation in FP8_LINEAR_OP.implementations]
+        first = choose.updated("[]", self.chosen(linear_rows({"triton": 100.0, "cublaslt": 50.0})))
+        other = [one | {"device": "NVIDIA L40S"} for one in self.chosen(linear_rows({"triton": 1.0}))]
+        both = choose.updated(first, other)
+        again = choose.updated(both, self.chosen(linear_rows({"triton": 10.0, "cublaslt": 50.0})))
+        table = choices.parse(again, names)
+        assert len(table) == 8
+        assert set(table.values()) == {"triton"}
+        assert choices.parse(both, names)[choices.Layer("NVIDIA H200", 5120, 5120, False, False)] == "cublaslt"
+        with pytest.raises(choose.NothingToChooseError, match="no layer of fp8_linear was measured"):
+            choose.updated(both, [])
+
+
+class TestCommand:
+    def test_without_a_gpu_nothing_is_measured(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert kernels.main(["--json", str(tmp_path / "out.json")]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.strip() == kernels.NO_DEVICE
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            (["--op", "softmax"], "invalid choice: 'softmax'"),
+            (["--implementations", "triton,fast"], "no implementation 'fast'; there are cublaslt"),
+            (["--choose", "--quick"], "--choose needs every picture size"),
+        ],
+    )
+    def test_mistakes(self, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            kernels.main(arguments)
+        assert stopped.value.code == 2
+        assert complaint in capsys.readouterr().err
+
+    def test_selection(self) -> None:
+        everything = kernels.selected([], "", quick=False)
+        assert {subject.name for subject, _ in everything} == {subject.name for subject in SUBJECTS}
+        assert len({(subject.name, case.name) for subject, case in everything}) == len(everything)
+        assert 2 * len(kernels.selected([], "", quick=True)) == len(everything)
+        linear = kernels.selected(["fp8_linear"], "3375 TOKENS", quick=False)
+        assert {subject.name for subject, _ in linear} == {"fp8_linear", "fp8_quantize + fp8_linear"}
+        assert {case.tokens for _, case in linear} == {3375}
+        assert kernels.selected([], "nothing like it", quick=False) == []
+
+    @pytest.fixture
+    def gpu(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+        """Something that looks like a GPU, and cases that take 10 us or what is set here by implementation."""
+        table = tmp_path / "choices.json"
+        table.write_text("[]")
+        seen: dict[str, Any] = {"status": rows.MEASURED, "us": {}, "choices": table}
+
+        def fake(subject: Subject, case: Any, conditions: Conditions) -> list[Row]:
+            assert conditions.limits == Limits(989.0, 1979.0, 4800.0)
+            blank = Row(
+                subject.name, case.name, "", subject.dtype(case), seen["status"], bytes=1, flops=1, reason="why"
+            )
+            blank = dataclasses.replace(blank, rivals=subject.rivals(case))
+            names = ("triton", *subject.libraries)
+            found = [dataclasses.replace(blank, implementation=name, library=name != "triton") for name in names]
+            if seen["status"] != rows.MEASURED:
+                return found
+            times = (seen["us"].get(one.implementation, 10.0) for one in found)
+            return [
+                timed(one, Summary(us, us, us), conditions.limits, conditions.ceilings)
+                for one, us in zip(found, times, strict=True)
+            ]
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(kernels, "cache_bytes", lambda device: 1)
+        monkeypatch.setattr(kernels, "measure_ceilings", lambda *_: Ceilings(4300.0, 790.0))
+        monkeypatch.setattr(kernels, "run_case", fake)
+        monkeypatch.setattr(choose, "PATH", table)
+        return seen
+
+    def test_all_of_it(self, gpu: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        gpu["us"] = {"triton": 5.0}
+        out = tmp_path / "new" / "kernels.json"
+        assert kernels.main(["--json", str(out), "--commit", "abc", "--choose"]) == 0
+        said = capsys.readouterr()
+        found = json.loads(out.read_text())
+        assert found["environment"]["commit"] == "abc"
+        assert found["environment"]["device"] == "NVIDIA H200"
+        assert {"torch", "triton", "cuda", "command"} <= set(found["environment"])
+        assert {one["ratio"] for one in found["rows"] if one["op"] == "ring_attention"} == {1.0, 2.0}
+        assert found["targets"][0]["verdict"] == targets.MET
+        assert "FP8 GEMM with the quantise pass" in said.out
+        assert "[1/56, " in said.err
+        assert "4 choices written" in said.err
+        assert len(json.loads(gpu["choices"].read_text())) == 4
+
+    def test_what_is_wrong_ends_with_1(self, gpu: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+        gpu["status"] = rows.WRONG
+        assert kernels.main(["--op", "ring_write", "--quick"]) == 1
+        said = capsys.readouterr()
+        assert "NOT RIGHT: ring_write, 3375 tokens, triton: wrong: why" in said.err
+        assert " us" not in said.err.partition("ring_write")[2]
+
+    def test_what_was_measured_is_kept_when_the_machine_goes(
+        self, gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        fake, calls = kernels.run_case, []
+
+        def fails_later(*given: Any) -> list[Row]:
+            calls.append(given)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return fake(*given)
+
+        monkeypatch.setattr(kernels, "run_case", fails_later)
+        out = tmp_path / "kernels.json"
+        with pytest.raises(KeyboardInterrupt):
+            kernels.main(["--op", "fp8_linear", "--json", str(out)])
+        found = json.loads(out.read_text())
+        assert found["environment"]["cases"] == "2 of 16"
+        assert [one["ratio"] for one in found["rows"]] == [1.0] * 4
+
+    def test_no_such_case(self, gpu: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+        assert kernels.main(["--filter", "nothing like it"]) == 2
+        assert capsys.readouterr().err.strip().endswith("no case has such a name")
+
+    def test_nothing_to_choose_ends_with_1(self, gpu: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+        assert kernels.main(["--op", "ring_write", "--choose"]) == 1
+        assert "nothing was chosen" in capsys.readouterr().err
+        assert gpu["choices"].read_text() == "[]"
+
+    def test_commit_of_the_checkout(self) -> None:
+        commit = kernels._commit()
+        assert commit == "unknown" or len(commit.removesuffix("-dirty")) == 40
+
+
+def test_tables_tell_what_ran_and_what_did_not() -> None:
+    absent = [row(case, "fa3", None, reason="not installed") for case in ("one", "two")]
+    wrong = Row("op", "one", "gluon", "bf16", rows.WRONG, "result: relative error: 1, allowed up to 0.1")
+    found = [timed(row(us=None, bytes=1), Summary(1.0, 1.0, 1.0), None, None), wrong, *absent]
+    written = io.StringIO()
+    Console(width=200, file=written).print(report.table(found), report.not_run(found))
+    measured, left_out = written.getvalue().split("not run")
+    assert "fa3" not in measured
+    assert "wrong: result: relative error: 1, allowed up to 0.1" in measured
+    assert left_out.count("fa3") == 1
+    assert "not installed" in left_out
+
+
+def test_a_case_in_one_line() -> None:
+    found = [row(us=1234.5), row(implementation="fa3", us=None), row(implementation="cudnn", us=9.0)]
+    assert report.line("op", "one", found) == "op · one: triton 1,234.5 us, cudnn 9.0 us"
+    assert report.line("op", "one", [row(us=None)]) == "op · one: nothing can run"
