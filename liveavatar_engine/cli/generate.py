@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from ..config import EngineConfig
-from ..config.engine import DEFAULT_SEED
+from ..config.engine import DEFAULT_SEED, PRECISIONS
 from ..config.geometry import FRAMES_PER_SECOND
 from ..errors import ConfigError, InputError
+from .settings import FP8_SKIP_HELP, fp8_skip
 
 if TYPE_CHECKING:
     from ..pipeline.engine import Engine
@@ -65,8 +66,15 @@ def add_parser(commands: Any) -> None:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--steps", type=int, default=EngineConfig.steps, metavar="N", help="denoise steps (default 4)")
     engine.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: bf16 on a GPU, fp32 on a CPU"
+        "--precision", choices=("auto", *PRECISIONS), default="auto", help="default: bf16 on a GPU, fp32 on a CPU"
     )
+    engine.add_argument(
+        "--kv-precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="of ring and sink (default: fp32 with fp32, else bf16)",
+    )
+    engine.add_argument("--fp8-skip", metavar="NAME[,NAME...]", help=FP8_SKIP_HELP)
     engine.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default auto)")
     engine.add_argument(
         "--features", choices=("global", "windowed"), default="global", help="how audio is encoded (default global)"
@@ -187,6 +195,8 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
     return EngineConfig(
         size=arguments.size,
         precision=arguments.precision,
+        kv_precision=arguments.kv_precision,
+        fp8_skip=fp8_skip(arguments.fp8_skip),
         devices=arguments.device,
         steps=arguments.steps,
         features=arguments.features,

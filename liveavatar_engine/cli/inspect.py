@@ -1,4 +1,4 @@
-"""`inspect`: what is in a checkpoint, what is missing, the memory it needs."""
+"""`inspect`: what is in a checkpoint, the memory it needs, what FP8 would cost it, and this machine's kernels."""
 
 from __future__ import annotations
 
@@ -12,18 +12,29 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ..config import EngineConfig
+from ..config.engine import PRECISIONS
+from ..errors import InputError
+from .inspect_kernels import show_kernels
+from .inspect_precision import show_precision
+from .settings import FP8_SKIP_HELP, fp8_skip
 
 if TYPE_CHECKING:
     from ..weights.report import CheckpointReport, PartReport
 
 EXIT_UNUSABLE = 1
 _MAX_NAMES = 20
+_PRECISIONS = ("auto", *PRECISIONS)
+_REPORT = "report"
 
 _EXAMPLES = """examples:
   liveavatar-engine inspect ckpt/Wan2.2-S2V-14B
-  liveavatar-engine inspect ckpt/Wan2.2-S2V-14B --size 720x400 --precision bf16 --sessions 2
+  liveavatar-engine inspect ckpt/Wan2.2-S2V-14B --size 720x400 --precision fp8 --sessions 2
+  liveavatar-engine inspect --kernels
+  liveavatar-engine inspect ckpt/Wan2.2-S2V-14B --precision --image face.jpg --audio speech.wav --json losses.json
 
-Of the network only file headers are read. An area (W*H) is taken for a 16:9 picture.
+--kernels shows what can compute each op on this machine, and why the rest cannot. --precision without a value runs
+the network and shows the signal to noise that every linear layer would have in FP8: what --fp8-skip is chosen by.
+Without these, only file headers of the network are read. An area (W*H) is taken for a 16:9 picture.
 The exit code is 0 when an engine can load the checkpoint, 1 when not.
 """
 
@@ -37,27 +48,57 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint in the reference's layout")
+    parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="checkpoint in the reference's layout")
+    parser.add_argument("--kernels", action="store_true", help="show this machine's kernels; DIR is not needed")
     parser.add_argument(
         "--size", default=EngineConfig.size, metavar="W*H|WxH", help="of the video (default %(default)s)"
     )
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="bf16", help="default %(default)s")
+    parser.add_argument(
+        "--precision",
+        nargs="?",
+        const=_REPORT,
+        default="bf16",
+        metavar="P",
+        help=f"{', '.join(_PRECISIONS)} (default %(default)s); without a value: report each layer's loss in FP8",
+    )
+    parser.add_argument("--kv-precision", choices=_PRECISIONS, default="auto", help="of ring and sink (default auto)")
+    parser.add_argument("--fp8-skip", metavar="NAME[,NAME...]", help=FP8_SKIP_HELP)
     parser.add_argument("--steps", type=int, default=EngineConfig.steps, metavar="N", help="denoise steps (default 4)")
     parser.add_argument("--sessions", type=int, default=1, metavar="N", help="open at the same time (default 1)")
+    report = parser.add_argument_group("for the report of --precision")
+    report.add_argument("--lora", type=Path, metavar="FILE", help="LoRA adapter to merge (safetensors)")
+    report.add_argument("--image", type=Path, metavar="F", help="portrait (default: a synthetic one)")
+    report.add_argument("--audio", type=Path, metavar="F", help="speech (default: synthetic noise)")
+    report.add_argument("--prompt", default="", metavar="T", help="what the scene shows")
+    report.add_argument("--blocks", type=int, default=1, metavar="N", help="blocks to measure (default 1)")
+    report.add_argument("--json", type=Path, metavar="FILE", help="write all layers there")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    console = Console()
+    if arguments.kernels:
+        show_kernels(console)
+        return 0
+    if arguments.folder is None and Path(arguments.precision).is_dir():
+        arguments.folder, arguments.precision = Path(arguments.precision), _REPORT  # inspect --precision DIR
+    if arguments.folder is None:
+        raise InputError("inspect: name a checkpoint's folder, or ask for --kernels")
+    reports = arguments.precision == _REPORT
     config = EngineConfig(
         size=arguments.size,
-        precision=arguments.precision,
+        precision="auto" if reports else arguments.precision,
+        kv_precision=arguments.kv_precision,
+        fp8_skip=fp8_skip(arguments.fp8_skip),
         steps=arguments.steps,
         max_sessions=arguments.sessions,
     )
+    if reports:
+        show_precision(arguments, config, console)
+        return 0
     from ..weights.report import inspect_checkpoint
 
     report = inspect_checkpoint(arguments.folder, config=config)
-    console = Console()
     console.print(_parts_table(report))
     for line in _problems(report):
         console.print(line, markup=False, style="red", soft_wrap=True)

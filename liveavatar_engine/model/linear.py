@@ -44,7 +44,7 @@ class Fp8Linear(nn.Module):
         """[..., in] -> [..., out]."""
         if isinstance(x, Quantized):
             return fp8_linear(x, self.weight, self.weight_scale, self.bias, dtype=self.dtype)
-        return self(fp8_quantize(x.flatten(0, -2))).unflatten(0, x.shape[:-1])
+        return self(fp8_quantize(x.reshape(-1, x.shape[-1]))).view(*x.shape[:-1], -1)
 
     def gelu(self, x: Activation) -> Tensor:
         """GELU(tanh) of the result: [tokens, in] -> [tokens, out]."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
+from liveavatar_kernels import catalog
 from liveavatar_kernels.e4m3 import E4M3
+from liveavatar_kernels.environment import Environment
 
 from ..config import EngineConfig
 from ..errors import ConfigError
 
+_log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -65,3 +69,22 @@ def resolve_precision(config: EngineConfig, device: torch.device) -> Precision:
         raise ConfigError(f"kv_precision {config.kv_precision!r}: precision auto is {precision} on {device}; name one")
     cache = E4M3 if config.kv_precision == "fp8" else dtype
     return Precision(dtype, cache, config.fp8_skip if precision == "fp8" else None)
+
+
+def log_kernels(device: torch.device) -> None:
+    """Log what will compute each op on a device, and warn where a GPU is left to plain PyTorch.
+
+    Raises:
+        ConfigError: LIVEAVATAR_KERNELS has a value that it cannot have.
+    """
+    try:
+        preferred = Environment.read().kernels
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    for entry in catalog(device):
+        present = [name for name, reason in entry.implementations.items() if reason is None]
+        picked = preferred if preferred in present else " or ".join(entry.automatic)
+        _log.info("op %s: %s", entry.name, picked)
+        missing = entry.implementations.get("triton")
+        if device.type == "cuda" and missing is not None:
+            _log.warning("op %s runs in plain PyTorch, slowly: %s", entry.name, missing)

@@ -34,7 +34,8 @@ from ..vae.vae import Vae, load_vae
 from ..weights.layout import Checkpoint
 from ..weights.network import LoadProgress, load_network
 from . import inputs
-from .device import resolve_device, resolve_precision
+from .device import log_kernels, resolve_device, resolve_precision
+from .precision import LayerLoss, measured_losses
 from .session import Session, SessionParts
 
 if TYPE_CHECKING:
@@ -100,10 +101,11 @@ class Engine:
         Raises:
             CheckpointError: parts are missing or damaged or do not fit together; nothing has been allocated for the
                 network by then.
-            ConfigError: the device or precision asked for is not there.
+            ConfigError: the device or precision asked for is not there, or LIVEAVATAR_KERNELS names no kernels.
         """
         config = config or EngineConfig()
         device = resolve_device(config.devices)
+        log_kernels(device)
         precision = resolve_precision(config, device)
         dtype = precision.dtype
         found = Checkpoint(Path(checkpoint))
@@ -162,6 +164,34 @@ class Engine:
             audio, self._audio_encoder, self.config.features, scene.geometry.columns_per_block
         )
         return self._open(scene, features, live=[], max_blocks=max_blocks)
+
+    def precision_losses(
+        self,
+        image: str | Path | Image.Image | np.ndarray,
+        audio: inputs.AudioInput | Sequence[inputs.AudioInput],
+        prompt: str = "",
+        *,
+        max_blocks: int = 1,
+    ) -> list[LayerLoss]:
+        """Measure what each linear layer would lose in e4m3 while a stream's first blocks are made.
+
+        Arguments and errors as for `generate`.
+
+        Returns:
+            The layers, the one that loses most first; those that `generate` does not call are not among them.
+
+        Raises:
+            ConfigError: the engine's own layers are in e4m3.
+        """
+        if self.config.precision == "fp8":
+            raise ConfigError("precision fp8 leaves nothing to compare with: measure with bf16 or fp32")
+        with (
+            measured_losses(self._network, self.config.fp8_skip) as losses,
+            self.generate(image, audio, prompt, max_blocks=max_blocks) as session,
+        ):
+            for _ in session:
+                pass
+        return losses
 
     def open_session(
         self,

@@ -19,9 +19,11 @@ BF16_ERROR = 2 * 2**-8
 
 
 class GoldenStream:
-    """A golden `dit` case run through the engine's own stream, in the network's dtype."""
+    """A golden `dit` case, or its first blocks, through the engine's own stream; caches in its dtype or in e4m3."""
 
-    def __init__(self, case: GoldenCase, network: Network) -> None:
+    def __init__(
+        self, case: GoldenCase, network: Network, cache_dtype: torch.dtype | None = None, blocks: int | None = None
+    ) -> None:
         parameters = case.parameters
         self.case = case
         self.geometry = StreamGeometry(
@@ -34,7 +36,7 @@ class GoldenStream:
         self.velocities: dict[tuple[int, int], Tensor] = {}
         self.sinks: dict[int, list[tuple[Tensor, Tensor]]] = {}
         schedule = Schedule(tuple(case["timesteps"].tolist()), tuple(case["sigmas"].tolist()))
-        arena = CacheArena(self.geometry, schedule.steps, 1, network.dtype, CPU)
+        arena = CacheArena(self.geometry, schedule.steps, 1, cache_dtype or network.dtype, CPU)
         self.caches: StreamCaches = arena.caches(0)
         mask = case.tensors.get("actor_mask")
         self.latents: list[Tensor] = []
@@ -52,7 +54,7 @@ class GoldenStream:
                 observe=lambda block, step, velocity: self.velocities.update({(block, step): velocity}),
             )
             self._keep_sink(0)
-            for block in range(parameters["num_blocks"]):
+            for block in range(blocks or parameters["num_blocks"]):
                 self.latents.append(self._next(stream, block))
                 self._keep_sink(block + 1)
 

@@ -1,0 +1,77 @@
+"""`inspect`: kernels of this machine, losses in FP8, memory at a precision."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from liveavatar_engine.cli import main
+
+
+def _run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setenv("COLUMNS", "200")
+    code = main(["inspect", *arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_kernels_need_no_checkpoint(capsys, monkeypatch) -> None:
+    code, out, _ = _run(capsys, monkeypatch, "--kernels")
+    assert code == 0
+    for op in ("ring_attention", "ring_write", "modulated_norm", "fp8_linear", "fp8_quantize"):
+        assert op in out
+    assert "absent: needs a CUDA device" in out
+    assert "picked by itself" in out
+    assert "liveavatar_kernels._C:" in out
+    assert "LIVEAVATAR_KERNELS: not set" in out
+
+
+def test_losses_in_fp8(checkpoint: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    rows_file = tmp_path / "losses.json"
+    code, out, _ = _run(
+        capsys, monkeypatch, str(checkpoint), "--precision", "--size", "64x64", "--json", str(rows_file)
+    )
+    rows = json.loads(rows_file.read_text())
+    assert code == 0
+    assert "synthetic portrait" in out
+    assert [row["sqnr"] for row in rows] == sorted(row["sqnr"] for row in rows)
+    by_name = {row["name"]: row for row in rows}
+    assert not by_name["blocks.1.ffn.2"]["skipped"]
+    assert by_name["text_embedding.0"]["skipped"]
+    assert by_name["blocks.0.self_attn.q"]["calls"] == 5, "four steps and the prefill of the sink"
+    assert all(20 < row["sqnr"] < 40 and 28 < row["weight_sqnr"] < 36 for row in rows)
+    assert all(row["worst_sqnr"] <= row["sqnr"] + 1e-6 for row in rows)
+    assert {path.name for path in tmp_path.iterdir()} == {"losses.json"}
+
+
+def test_the_folder_may_follow_the_option(checkpoint: Path, capsys, monkeypatch) -> None:
+    code, out, _ = _run(capsys, monkeypatch, "--precision", str(checkpoint), "--size", "64x64")
+    assert code == 0
+    assert "blocks.*.ffn.0" in out
+
+
+def test_fp8_halves_the_network(checkpoint: Path, capsys, monkeypatch) -> None:
+    outputs = [
+        _run(capsys, monkeypatch, str(checkpoint), "--size", "64x64", *arguments)[1]
+        for arguments in (["--precision", "bf16"], ["--precision", "fp8"], ["--precision", "fp8", "--fp8-skip", "ffn"])
+    ]
+    assert len(set(outputs)) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "name a checkpoint's folder, or ask for --kernels"),
+        (["--precision", "int3"], "name a checkpoint's folder"),
+        (["CHECKPOINT", "--precision", "int3"], "precision must be one of"),
+        (["CHECKPOINT", "--precision", "fp8", "--fp8-skip", "nothing_called_so"], "'nothing_called_so'"),
+        (["CHECKPOINT", "--precision", "--json", "/no/such/folder/file.json"], "does not exist"),
+    ],
+    ids=["nothing", "no folder", "precision", "skip", "json"],
+)
+def test_what_cannot_be_done_is_one_line(arguments, complaint: str, checkpoint: Path, capsys, monkeypatch) -> None:
+    arguments = [str(checkpoint) if argument == "CHECKPOINT" else argument for argument in arguments]
+    code, _, err = _run(capsys, monkeypatch, *arguments)
+    assert code == 2
+    assert complaint in err
+    assert err.count("\n") == 1
