@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,24 @@ class Op:
             if self[name].absent(device) is None and refuses(name) is None:
                 return name
         raise KernelUnavailableError(f"{self.name}: nothing can run this call on {device}")
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a CUDA device the current one, on which kernels are launched; nothing for others."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def capability_of(device: torch.device) -> int:
+    """90 for sm_90; 0 for a CPU, where kernels run in the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def processors_of(device: torch.device) -> int:
+    """Streaming multiprocessors; 1 for a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def never_absent(device: torch.device) -> str | None:

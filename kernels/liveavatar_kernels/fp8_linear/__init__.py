@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import ANYWHERE, Implementation, Op, never_absent, triton_e4m3_absent
+from ..dispatch import ANYWHERE, Implementation, Op, never_absent, on_device, triton_e4m3_absent
 from ..e4m3 import E4M3, Quantized
 from ..fp8_quantize import fp8_quantize
 from . import choices, cuda, library, reference
@@ -167,7 +167,8 @@ def _custom_op(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """The result, and with `row_max` the largest magnitude of every ROW_MAX_COLUMNS of its rows, else [tokens, 0]."""
-    return OP[implementation].run(x, x_scale, weight, weight_scale, bias, gelu, dtype, row_max)
+    with on_device(x.device):
+        return OP[implementation].run(x, x_scale, weight, weight_scale, bias, gelu, dtype, row_max)
 
 
 @_custom_op.register_fake

@@ -31,23 +31,22 @@ def fp8_linear(
     wide_bias = None if bias is None else bias.float()
     out = x.new_empty((m, n), dtype=dtype)
     workspace = x.new_empty(module.fp8_linear_workspace(m, n, k, tile), dtype=torch.uint8)
-    with torch.cuda.device(x.device):
-        module.fp8_linear(
-            x.data_ptr(),
-            weight.data_ptr(),
-            x_scale.data_ptr(),
-            weight_scale.data_ptr(),
-            0 if wide_bias is None else wide_bias.data_ptr(),
-            out.data_ptr(),
-            m,
-            n,
-            k,
-            gelu,
-            tile,
-            workspace.data_ptr(),
-            workspace.numel(),
-            torch.cuda.current_stream().cuda_stream,
-        )
+    module.fp8_linear(
+        x.data_ptr(),
+        weight.data_ptr(),
+        x_scale.data_ptr(),
+        weight_scale.data_ptr(),
+        0 if wide_bias is None else wide_bias.data_ptr(),
+        out.data_ptr(),
+        m,
+        n,
+        k,
+        gelu,
+        tile,
+        workspace.data_ptr(),
+        workspace.numel(),
+        torch.cuda.current_stream().cuda_stream,
+    )
     return out, x.new_empty((m, 0), dtype=torch.float32)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..aot import E4M3_CAPABILITY, KernelSpec, kernel_spec
+from ..dispatch import capability_of, processors_of
 from ..model_sizes import ModelSizes
 from .cases import model_cases
 from .tiling import HOPPER_PROCESSORS, ROW_MAX_COLUMNS, Tiling, suits_tma
@@ -200,9 +201,9 @@ def fp8_linear(
 ) -> tuple[Tensor, Tensor]:
     """As the custom op. `processors` are those that persistent programs share; None: the device's."""
     (tokens, in_features), out_features = x.shape, weight.shape[0]
-    processors = processors or _processors(x.device)
+    processors = processors or processors_of(x.device)
     tiling = tiling or Tiling.of(
-        _capability(x.device),
+        capability_of(x.device),
         processors,
         tokens,
         in_features,
@@ -248,17 +249,6 @@ def _constexprs(tiling: Tiling, bias: bool, gelu: bool, row_max: bool) -> dict[s
 
 def _options(tiling: Tiling) -> dict[str, int]:
     return {"num_warps": tiling.warps, "num_stages": tiling.stages}
-
-
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def aot_specs(sizes: ModelSizes, capability: int) -> list[KernelSpec]:

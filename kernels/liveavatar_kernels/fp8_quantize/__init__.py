@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import ANYWHERE, Implementation, Op, never_absent, triton_e4m3_absent
+from ..dispatch import ANYWHERE, Implementation, Op, never_absent, on_device, triton_e4m3_absent
 from ..e4m3 import E4M3, Quantized
 from . import reference
 
@@ -60,7 +60,8 @@ def fp8_quantize(x: Tensor, *, row_max: Tensor | None = None, implementation: st
 
 @torch.library.custom_op("liveavatar_kernels::fp8_quantize", mutates_args=())
 def _custom_op(x: Tensor, row_max: Tensor | None, implementation: str) -> tuple[Tensor, Tensor]:
-    return OP[implementation].run(x, row_max)
+    with on_device(x.device):
+        return OP[implementation].run(x, row_max)
 
 
 @_custom_op.register_fake

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import ANYWHERE, Implementation, Op, never_absent, refuses_e4m3, triton_absent
+from ..dispatch import ANYWHERE, Implementation, Op, never_absent, on_device, refuses_e4m3, triton_absent
 from ..e4m3 import E4M3
 from . import reference
 
@@ -143,9 +143,10 @@ def _custom_op(
     implementation: str,
 ) -> list[Tensor]:
     """Values, their scales for e4m3, the new residual if there is a branch."""
-    residual, values, scales = OP[implementation].run(
-        x, branch, gate, shift, scale, weight, bias, ends, groups, eps, dtype, residual_dtype
-    )
+    with on_device(x.device):
+        residual, values, scales = OP[implementation].run(
+            x, branch, gate, shift, scale, weight, bias, ends, groups, eps, dtype, residual_dtype
+        )
     made = (values, scales, None if branch is None else residual)
     return [tensor for tensor in made if tensor is not None]
 

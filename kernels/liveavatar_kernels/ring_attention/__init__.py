@@ -7,14 +7,18 @@ the query is rotated back once and no key is touched.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cache import MOVED, KeyValueCache, Window
-from ..dispatch import ANYWHERE, Implementation, Op, never_absent, refuses_e4m3, triton_absent
+from ..dispatch import ANYWHERE, Implementation, Op, never_absent, on_device, refuses_e4m3, triton_absent
 from . import emulation, library, reference
+
+_GLUON_TRITON = ((3, 6), (3, 9))
+"""Oldest and newest Triton whose Gluon, an interface that still changes, the kernel is known to compile with."""
 
 
 def _triton(*arguments: Any) -> Tensor:
@@ -23,12 +27,39 @@ def _triton(*arguments: Any) -> Tensor:
     return kernel.ring_attention(*arguments)
 
 
+def _gluon(*arguments: Any) -> Tensor:
+    from . import gluon
+
+    return gluon.ring_attention(*arguments)
+
+
+def _gluon_absent(device: torch.device) -> str | None:
+    """Why the Gluon kernel cannot run on a device: it is written for Hopper."""
+    if device.type != "cuda":
+        return "needs a CUDA device"
+    reason = triton_absent(device)
+    if reason is not None:
+        return reason
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"sm_{capability[0]}{capability[1]}: written for sm_90"
+    import triton
+
+    oldest, newest = _GLUON_TRITON
+    version = tuple(int(number) for number in triton.__version__.split(".")[:2])
+    if not oldest <= version <= newest or importlib.util.find_spec("triton.experimental.gluon") is None:
+        known = " to ".join(f"{major}.{minor}" for major, minor in _GLUON_TRITON)
+        return f"needs the Gluon of Triton {known}, not that of {triton.__version__}"
+    return None
+
+
 OP = Op(
     "ring_attention",
     (
         Implementation("triton", _triton, triton_absent, automatic=("cuda",)),
         Implementation("emulation", emulation.ring_attention, never_absent, automatic=ANYWHERE),
         Implementation("reference", reference.ring_attention, never_absent, automatic=ANYWHERE),
+        Implementation("gluon", _gluon, _gluon_absent),
         *library.IMPLEMENTATIONS,
     ),
 )
@@ -49,7 +80,8 @@ def ring_attention(
         ring, sink: caches of one dtype, q's or e4m3; no token outside the window is read.
         window: on q's device. At least one of its segments is not empty.
         implementation: "triton", "reference" (dequantises e4m3 and computes in float32), "emulation" (e4m3 caches
-            only: rounds where the kernel rounds), or a library's, "sdpa", "cudnn", "fa2" or "fa3"; None picks.
+            only: rounds where the kernel rounds), "gluon" (bf16 and fp16 on Hopper; unmeasured, and never picked), or a
+            library's, "sdpa", "cudnn", "fa2" or "fa3"; None picks.
 
     Returns:
         [tokens, heads, head_dim] in q's dtype. The same bits for the same arguments.
@@ -82,6 +114,8 @@ def ring_attention(
             return "no float64"
         if name == "emulation" and not ring.quantized:
             return "only for e4m3 caches"
+        if name == "gluon" and (ring.quantized or q.dtype not in (torch.bfloat16, torch.float16)):
+            return "only for bf16 and fp16 caches"
         return e4m3(name)
 
     chosen = OP.choose(q.device, implementation, refuses=refuses)
@@ -108,7 +142,8 @@ def _custom_op(
 ) -> Tensor:
     ring = KeyValueCache(ring_k, ring_v, ring_k_scale, ring_v_scale, ring_run_tokens)
     sink = KeyValueCache(sink_k, sink_v, sink_k_scale, sink_v_scale, sink_run_tokens)
-    return OP[implementation].run(q, ring, sink, Window(slots, segments, shift))
+    with on_device(q.device):
+        return OP[implementation].run(q, ring, sink, Window(slots, segments, shift))
 
 
 @_custom_op.register_fake

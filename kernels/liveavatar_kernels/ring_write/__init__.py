@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..cache import KeyValueCache
-from ..dispatch import ANYWHERE, Implementation, Op, never_absent, refuses_e4m3, triton_absent
+from ..dispatch import ANYWHERE, Implementation, Op, never_absent, on_device, refuses_e4m3, triton_absent
 from ..rotation import Angles
 from . import reference
 
@@ -107,7 +107,8 @@ def _custom_op(
     implementation: str,
 ) -> Tensor:
     cache = KeyValueCache(cache_k, cache_v, k_scale, v_scale, run_tokens)
-    return OP[implementation].run(q, k, v, q_weight, k_weight, Angles(time, space), cache, at, eps=eps)
+    with on_device(q.device):
+        return OP[implementation].run(q, k, v, q_weight, k_weight, Angles(time, space), cache, at, eps=eps)
 
 
 @_custom_op.register_fake

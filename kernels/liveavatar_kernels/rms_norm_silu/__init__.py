@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import ANYWHERE, Implementation, Op, never_absent, triton_absent
+from ..dispatch import ANYWHERE, Implementation, Op, never_absent, on_device, triton_absent
 from . import reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -62,7 +62,8 @@ def rms_norm_silu(x: Tensor, gamma: Tensor, *, implementation: str | None = None
 
 @torch.library.custom_op("liveavatar_kernels::rms_norm_silu", mutates_args=())
 def _custom_op(x: Tensor, gamma: Tensor, implementation: str) -> Tensor:
-    return OP[implementation].run(x, gamma)
+    with on_device(x.device):
+        return OP[implementation].run(x, gamma)
 
 
 @_custom_op.register_fake
