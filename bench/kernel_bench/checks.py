@@ -20,18 +20,15 @@ from liveavatar_kernels.e4m3 import E4M3, KV_TILE, quantize_rows
 from liveavatar_kernels.modulated_norm import cases as modulated_norm_cases
 from liveavatar_kernels.ring_write import cases as ring_write_cases
 from liveavatar_kernels.rms_norm_silu import cases as rms_norm_silu_cases
+from liveavatar_kernels.tolerances import EMULATION_SQNR, FLIPPED_SHARE, LEAST_SQNR, TIMES_WORSE
 from torch import Tensor
 from torch.nn import functional as F
 
 Arguments = dict[str, Any]
 Outputs = tuple[Tensor, ...]
 
-_TIMES_WORSE = 2.0
-"""An error may be this many times the yardstick's."""
 _WORST_ROW = 10.0
 """A row's error may be this many times what is allowed of the whole."""
-_SIGNAL_DB = 25.0
-_EMULATION_DB = 45.0
 _EMULATION_LONG_DB = 30.0
 _LONG_WINDOW = 1024
 """Keys beyond which Hopper's FP8 accumulator, of about 22 bits, and the emulation's float32 part. Not measured."""
@@ -40,9 +37,8 @@ _FP8_ACCUMULATION = 1e-2
 _FLOAT32 = 2**-21
 """Error allowed to float32 results on a GPU besides the yardstick's: exp2, rsqrt and division are approximate there."""
 _SCALE = 1e-6
-_FLIPPED_SHARE = 2e-3
 _FLIPPED = 1e-3
-"""Values on the edge between two e4m3 numbers may come out as either: so many, and so far off as a whole."""
+"""Error that e4m3 values which came out as the neighbour of the expected one may make together."""
 _CHUNK = 1 << 25
 _WIDE_ELEMENTS = 1 << 27
 _WIDE_FLOPS = 1 << 33
@@ -149,10 +145,10 @@ def judge_ring_attention(case: Any, arguments: Arguments) -> Judge:
         plain = ring_attention.ring_attention(**arguments, implementation="sdpa")
         return lambda name, outputs: _as_exact("result", outputs[0], exact, plain)
     emulated = ring_attention.ring_attention(**arguments, implementation="emulation")
-    rounding = _EMULATION_DB if case.keys <= _LONG_WINDOW else _EMULATION_LONG_DB
+    rounding = EMULATION_SQNR if case.keys <= _LONG_WINDOW else _EMULATION_LONG_DB
 
     def judge(name: str, outputs: Outputs) -> list[Finding]:
-        found = _signal("result", outputs[0], exact, _SIGNAL_DB)
+        found = _signal("result", outputs[0], exact, LEAST_SQNR)
         return found + (_signal("result against emulation", outputs[0], emulated, rounding) if name == "triton" else [])
 
     return judge
@@ -286,7 +282,7 @@ def _as_exact(what: str, ours: Tensor, exact: Tensor, plain: Tensor, least: floa
     error, yardstick = Error.of(ours, exact), Error.of(plain, exact)
     if ours.is_cuda and ours.dtype == torch.float32:
         least = max(least, _FLOAT32)
-    allowed = max(_TIMES_WORSE * yardstick.total, least)
+    allowed = max(TIMES_WORSE * yardstick.total, least)
     return [
         Finding(f"{what}: relative error", error.total, allowed),
         Finding(f"{what}: relative error of the worst row", error.worst, _WORST_ROW * max(yardstick.worst, allowed)),
@@ -312,7 +308,7 @@ def _rounded(what: str, values: Tensor, scale: Tensor, expected: Tensor, expecte
     differing = (stored - exact).abs() > _SCALE * exact.abs()
     return [
         Finding(f"{what}: scales", Error.of(scale, expected_scale).total, _SCALE),
-        Finding(f"{what}: share of other values", float(differing.float().mean()), _FLIPPED_SHARE),
+        Finding(f"{what}: share of other values", float(differing.float().mean()), FLIPPED_SHARE),
         Finding(f"{what}: relative error", Error.of(stored, exact).total, _FLIPPED),
     ]
 

@@ -1,4 +1,7 @@
-"""Quantisation of rows in Triton: a program per row, or per part of a row whose largest magnitude is known."""
+"""Quantisation of rows in Triton: a program per wide row, or for some narrow ones.
+
+Where the largest magnitude of a row is known, programs take parts of it.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from .cases import model_cases
 
 _CHUNK = 1024
 """Columns of a program, which is one warp, when the row's largest magnitude is known."""
-_WARP_COLUMNS = 2048
-"""Columns of a warp when it is not."""
+_WARP_VALUES = 2048
+"""Values of a warp when it is not."""
+_INTERPRETED_ROWS = 32
 
 
 @triton.jit
@@ -26,52 +30,60 @@ def quantize_rows(
     values_ptr,
     scale_ptr,
     x_stride,
+    tokens,
     PARTS: tl.constexpr,
     PART_ROWS: tl.constexpr,
     DIM: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK columns of a row; all of them where `row_max_ptr` is None."""
-    row = tl.program_id(0).to(tl.int64)
-    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = lane < DIM
+    """BLOCK columns of ROWS rows; all columns where `row_max_ptr` is None."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = row < tokens if ROWS > 1 else True
+    row = row.to(tl.int64)
+    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (lane < DIM) & inside
     x = tl.load(x_ptr + row * x_stride + lane, mask=mask, other=0.0).to(tl.float32)
     if row_max_ptr is not None:
-        part = tl.arange(0, PART_ROWS)
-        amax = tl.max(tl.load(row_max_ptr + row * PARTS + part, mask=part < PARTS, other=0.0), axis=0)
+        part = tl.arange(0, PART_ROWS)[None, :]
+        known = tl.load(row_max_ptr + row * PARTS + part, mask=(part < PARTS) & inside, other=0.0)
+        amax = tl.max(known, axis=1, keep_dims=True)
     else:
-        amax = tl.max(tl.abs(x), axis=0)
+        amax = tl.max(tl.abs(x), axis=1, keep_dims=True)
     scale = row_scale(amax)
     tl.store(values_ptr + row * DIM + lane, quantize_tile(x, scale), mask=mask)
-    tl.store(scale_ptr + row, scale, mask=tl.program_id(1) == 0)
+    tl.store(scale_ptr + row, scale, mask=(tl.program_id(1) == 0) & inside)
 
 
-def fp8_quantize(x: Tensor, row_max: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As the op."""
+def fp8_quantize(x: Tensor, row_max: Tensor | None, *, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """As the op. `rows` are those of a program, a power of two."""
     tokens, dim = x.shape
     values = x.new_empty(x.shape, dtype=E4M3)
     scale = x.new_empty(tokens, dtype=torch.float32)
     parts = 0 if row_max is None else row_max.shape[1]
-    block, warps = _tiling(dim, parts)
-    quantize_rows[(tokens, triton.cdiv(dim, block))](
-        x,
-        row_max,
-        values,
-        scale,
-        x.stride(0),
-        PARTS=parts,
-        PART_ROWS=triton.next_power_of_2(parts),
-        DIM=dim,
-        BLOCK=block,
-        num_warps=warps,
-    )
+    constexprs, warps = _tiling(dim, parts, x.device.type, rows)
+    grid = (triton.cdiv(tokens, constexprs["ROWS"]), triton.cdiv(dim, constexprs["BLOCK"]))
+    quantize_rows[grid](x, row_max, values, scale, x.stride(0), tokens, **constexprs, num_warps=warps)
     return values, scale
 
 
-def _tiling(dim: int, parts: int) -> tuple[int, int]:
-    """Columns and warps of a program."""
+def rows_per_program(block: int, known: bool, device: str) -> int:
+    """Rows of a program, for `block` columns, with or without their largest magnitudes known.
+
+    A GPU takes one if it is wide and several if they are narrow; in the interpreter a program takes as long for one as
+    for many.
+    """
+    return _INTERPRETED_ROWS if device == "cpu" else max(1, (_CHUNK if known else _WARP_VALUES) // block)
+
+
+def _tiling(dim: int, parts: int, device: str, rows: int | None = None) -> tuple[dict[str, int], int]:
+    """Constexprs of the kernel, and its warps."""
     block = triton.next_power_of_2(dim)
-    return (min(block, _CHUNK), 1) if parts else (block, min(16, max(1, block // _WARP_COLUMNS)))
+    if parts:
+        block = min(block, _CHUNK)
+    rows = rows or rows_per_program(block, parts > 0, device)
+    constexprs = {"PARTS": parts, "PART_ROWS": triton.next_power_of_2(parts), "DIM": dim, "ROWS": rows, "BLOCK": block}
+    return constexprs, 1 if parts else min(16, max(1, rows * block // _WARP_VALUES))
 
 
 def aot_specs(sizes: ModelSizes, capability: int) -> list[KernelSpec]:
@@ -82,14 +94,13 @@ def aot_specs(sizes: ModelSizes, capability: int) -> list[KernelSpec]:
     for case in model_cases(sizes):
         if case.tokens != sizes.block_tokens[0]:
             continue
-        block, warps = _tiling(case.dim, case.parts)
-        constexprs = {"PARTS": case.parts, "PART_ROWS": triton.next_power_of_2(case.parts), "DIM": case.dim}
+        constexprs, warps = _tiling(case.dim, case.parts, "cuda")
         specs.append(
             kernel_spec(
                 f"fp8_quantize {case.form}",
                 quantize_rows,
                 "bf16",
-                {**constexprs, "BLOCK": block, **({} if case.parts else {"row_max_ptr": None})},
+                {**constexprs, **({} if case.parts else {"row_max_ptr": None})},
                 {"num_warps": warps},
                 {"values_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "row_max_ptr": "*fp32"},
             )

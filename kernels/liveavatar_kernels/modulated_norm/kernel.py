@@ -1,4 +1,6 @@
-"""Modulated norm in Triton: a program per token, whose row stays in registers from the first read to the last write.
+"""Modulated norm in Triton: a program per wide token, or for some narrow ones.
+
+Rows stay in registers from the first read to the last write.
 
 What streams past (x, the branch) is kept out of L1, so that the rows of the modulation, which every token of a group
 reads, stay there.
@@ -17,7 +19,12 @@ from ..model_sizes import ModelSizes
 from ..tiles import row_scale
 from .cases import Case, model_cases
 
-_WARP_COLUMNS = 2048
+_ROW_WARP_VALUES = 2048
+"""Values of a warp where a program takes one row."""
+_TILE_VALUES = 2048
+_TILE_WARP_VALUES = 512
+"""Of a program that takes several rows, and of its warps: every row has addresses of its own, which take registers."""
+_INTERPRETED_ROWS = 32
 _VECTOR = 4
 """Neighbouring values that a thread takes: more would pull float32 rows, with 16 bytes a load at most, apart in L1."""
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", E4M3: "fp8e4nv"}
@@ -52,22 +59,29 @@ def normalise_tokens(
     shift_stride,
     scale_stride,
     group_tokens,
+    tokens,
     eps,
     GROUPS: tl.constexpr,
     DIM: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One token. A pointer is None where the op has no such argument or result; the stride of a single group is 0."""
+    """ROWS tokens. A pointer is None where the op has no such argument or result; a single group's stride is 0."""
     token = tl.program_id(0)
-    row = token.to(tl.int64)
     lane = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
-    mask = lane < DIM
+    if ROWS > 1:  # one token stays a plain row: as a tile of one row it takes more registers
+        token = token * ROWS + tl.arange(0, ROWS)[:, None]
+        lane = lane[None, :]
+    row = token.to(tl.int64)
+    column = lane < DIM
+    inside = token < tokens if ROWS > 1 else True
+    mask = column & inside
     x = _streamed(x_ptr + row * x_stride, lane, mask)
 
     group = token // group_tokens
     if ends_ptr is not None:
-        group = 0
+        group = token * 0
         for index in tl.static_range(GROUPS - 1):
             group += (token >= tl.load(ends_ptr + index)).to(tl.int32)
 
@@ -79,14 +93,14 @@ def normalise_tokens(
         tl.store(residual_ptr + row * DIM + lane, residual, mask=mask)
         x = residual.to(tl.float32)
 
-    mean = tl.sum(x, axis=0) / DIM
+    mean = tl.sum(x, axis=-1, keep_dims=ROWS > 1) / DIM
     centred = tl.where(mask, x - mean, 0.0)
-    variance = tl.sum(centred * centred, axis=0) / DIM
+    variance = tl.sum(centred * centred, axis=-1, keep_dims=ROWS > 1) / DIM
     values = centred * tl.math.rsqrt(variance + eps)
     if weight_ptr is not None:
-        values *= _shared(weight_ptr, lane, mask)
+        values *= _shared(weight_ptr, lane, column)
     if bias_ptr is not None:
-        values += _shared(bias_ptr, lane, mask)
+        values += _shared(bias_ptr, lane, column)
     if scale_ptr is not None:
         values *= 1.0 + _shared(scale_ptr + group * scale_stride, lane, mask)
     if shift_ptr is not None:
@@ -94,8 +108,8 @@ def normalise_tokens(
 
     out = values_ptr + row * DIM + lane
     if values_scale_ptr is not None:
-        values_scale = row_scale(tl.max(tl.abs(values), axis=0))
-        tl.store(values_scale_ptr + row, values_scale)
+        values_scale = row_scale(tl.max(tl.abs(values), axis=-1, keep_dims=ROWS > 1))
+        tl.store(values_scale_ptr + row, values_scale, mask=inside)
         # no quantize_tile: nothing exceeds its own row's scale, and the issue slots of clamping are short here
         quantized = (values * tl.math.div_rn(1.0, values_scale)).to(values_ptr.dtype.element_ty)
         tl.store(out, quantized, mask=mask)
@@ -116,14 +130,17 @@ def modulated_norm(
     eps: float,
     dtype: torch.dtype,
     residual_dtype: torch.dtype,
+    *,
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As the op: residual, values and their scales."""
+    """As the op: residual, values and their scales. `rows` are the tokens of a program, a power of two."""
     tokens, dim = x.shape
     residual = x if branch is None else x.new_empty(x.shape, dtype=residual_dtype)
     values = x.new_empty(x.shape, dtype=dtype)
     values_scale = x.new_empty(tokens, dtype=torch.float32) if dtype == E4M3 else None
     block = triton.next_power_of_2(dim)
-    normalise_tokens[(tokens,)](
+    rows = rows or rows_per_program(block, x.device.type)
+    normalise_tokens[(triton.cdiv(tokens, rows),)](
         x,
         branch,
         gate,
@@ -137,20 +154,31 @@ def modulated_norm(
         values_scale,
         x.stride(0),
         0 if branch is None else branch.stride(0),
-        *(0 if rows is None or len(rows) == 1 else rows.stride(0) for rows in (gate, shift, scale)),
+        *(0 if each is None or len(each) == 1 else each.stride(0) for each in (gate, shift, scale)),
         max(1, tokens // groups),
+        tokens,
         eps,
         GROUPS=groups,
         DIM=dim,
+        ROWS=rows,
         BLOCK=block,
         VECTOR=_VECTOR,
-        num_warps=_warps(block),
+        num_warps=_warps(rows, block),
     )
     return residual, values, values_scale
 
 
-def _warps(block: int) -> int:
-    return min(16, max(1, block // _WARP_COLUMNS))
+def rows_per_program(block: int, device: str) -> int:
+    """Tokens of a program, for rows filled up to `block` values.
+
+    A GPU takes one if it is wide and several if they are narrow; in the interpreter a program takes as long for one as
+    for many.
+    """
+    return _INTERPRETED_ROWS if device == "cpu" else max(1, _TILE_VALUES // block)
+
+
+def _warps(rows: int, block: int) -> int:
+    return min(16, max(1, rows * block // (_ROW_WARP_VALUES if rows == 1 else _TILE_WARP_VALUES)))
 
 
 def aot_specs(sizes: ModelSizes, capability: int) -> list[KernelSpec]:
@@ -167,11 +195,13 @@ def _spec(case: Case) -> KernelSpec:
     pointers = {f"{name}_ptr": f"*{_TRITON_NAMES[dtype]}" for name, dtype in case.dtypes(torch.bfloat16).items()}
     absent = {name: None for name in normalise_tokens.arg_names if name.endswith("_ptr") and name not in pointers}
     block = triton.next_power_of_2(case.dim)
+    rows = rows_per_program(block, "cuda")
+    constexprs = {"GROUPS": max(case.groups, case.gate_groups), "DIM": case.dim, "ROWS": rows, "BLOCK": block}
     return kernel_spec(
         f"modulated_norm {case.form}",
         normalise_tokens,
         "bf16",
-        {"GROUPS": max(case.groups, case.gate_groups), "DIM": case.dim, "BLOCK": block, "VECTOR": _VECTOR, **absent},
-        {"num_warps": _warps(block)},
+        {**constexprs, "VECTOR": _VECTOR, **absent},
+        {"num_warps": _warps(rows, block)},
         pointers,
     )

@@ -1,4 +1,4 @@
-"""Ring write in Triton: a program per token normalises, rotates and stores; e4m3 values take a program per tile."""
+"""Ring write in Triton: programs normalise, rotate and store tokens, and others the tiles of e4m3 values."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from ..cache import KeyValueCache
 from ..e4m3 import KV_TILE, padded_to_tile
 from ..model_sizes import ModelSizes
 from ..rotation import Angles
-from ..tiles import quantize_tile, rotate_tile, row_scale
+from ..tiles import quantize_tile, row_scale
 
-_WARPS = 8
+_WARP_VALUES = 1024
+_TILE_VALUES = 2048
+"""Of a program that takes several tokens."""
+_INTERPRETED_ROWS = 32
 _VALUE_WARPS = 4
 _POINTERS = {"at_ptr": "*i32"} | dict.fromkeys(("time_ptr", "space_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32")
 _QUANTIZED_POINTERS = {"cache_k_ptr": "*fp8e4nv", "cache_v_ptr": "*fp8e4nv"}
@@ -23,8 +26,14 @@ _QUANTIZED_POINTERS = {"cache_k_ptr": "*fp8e4nv", "cache_v_ptr": "*fp8e4nv"}
 def _normalised(x_ptr, weight_ptr, eps, offsets, mask, DIM: tl.constexpr):
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean_square = tl.sum(tl.sum(x * x, axis=1), axis=0) / DIM
+    mean_square = tl.sum(tl.sum(x * x, axis=2, keep_dims=True), axis=1, keep_dims=True) / DIM
     return x * tl.math.rsqrt(mean_square + eps) * weight
+
+
+@triton.jit
+def _rotated(x, cos, sin, ROWS: tl.constexpr, HEAD_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    even, odd = tl.split(tl.reshape(x, (ROWS, HEAD_ROWS, HEAD_DIM // 2, 2)))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS, HEAD_ROWS, HEAD_DIM))
 
 
 @triton.jit
@@ -54,6 +63,7 @@ def write_tokens(
     scale_head_stride,
     frame_tokens,
     cache_tokens,
+    tokens,
     eps,
     HEADS: tl.constexpr,
     HEAD_ROWS: tl.constexpr,
@@ -61,37 +71,38 @@ def write_tokens(
     TIME_PAIRS: tl.constexpr,
     SPACE_PAIRS: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """One token: q -> rotated, k -> its slot, v -> its slot unless the cache is quantised."""
-    token = tl.program_id(0)
-    head = tl.arange(0, HEAD_ROWS)[:, None]
-    lane = tl.arange(0, HEAD_DIM)[None, :]
-    offsets, mask = head * HEAD_DIM + lane, head < HEADS
+    """ROWS tokens: q -> rotated, k -> its slot, v -> its slot unless the cache is quantised."""
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    head = tl.arange(0, HEAD_ROWS)[None, :, None]
+    lane = tl.arange(0, HEAD_DIM)[None, None, :]
+    pair = tl.arange(0, HEAD_DIM // 2)[None, None, :]
+    inside = token < tokens if ROWS > 1 else True
+    offsets, mask = head * HEAD_DIM + lane, (head < HEADS) & inside
 
-    pair = tl.arange(0, HEAD_DIM // 2)
-    temporal = pair < TIME_PAIRS
+    temporal, spatial = (pair < TIME_PAIRS) & inside, (pair >= TIME_PAIRS) & inside
     time = time_ptr + (token // frame_tokens) * 2 * TIME_PAIRS + pair
     space = space_ptr + (token % frame_tokens) * 2 * SPACE_PAIRS + pair - TIME_PAIRS
-    cos = tl.load(time, mask=temporal, other=0.0) + tl.load(space, mask=~temporal, other=0.0)
+    cos = tl.load(time, mask=temporal, other=0.0) + tl.load(space, mask=spatial, other=0.0)
     sin = tl.load(time + TIME_PAIRS, mask=temporal, other=0.0)
-    sin += tl.load(space + SPACE_PAIRS, mask=~temporal, other=0.0)
+    sin += tl.load(space + SPACE_PAIRS, mask=spatial, other=0.0)
 
     q = _normalised(q_ptr + token * q_stride, q_weight_ptr, eps, offsets, mask, HEADS * HEAD_DIM)
-    q = rotate_tile(q, cos[None, :], sin[None, :], HEAD_ROWS, HEAD_DIM)
+    q = _rotated(q, cos, sin, ROWS, HEAD_ROWS, HEAD_DIM)
     tl.store(rotated_ptr + token * HEADS * HEAD_DIM + offsets, q.to(rotated_ptr.dtype.element_ty), mask=mask)
 
     slot = tl.load(at_ptr).to(tl.int64)
     position = tl.load(at_ptr + 1) + token
     position = tl.where(position >= cache_tokens, position - cache_tokens, position)
     k = _normalised(k_ptr + token * k_stride, k_weight_ptr, eps, offsets, mask, HEADS * HEAD_DIM)
-    k = rotate_tile(k, cos[None, :], sin[None, :], HEAD_ROWS, HEAD_DIM)
+    k = _rotated(k, cos, sin, ROWS, HEAD_ROWS, HEAD_DIM)
     k_out = cache_k_ptr + slot * k_slot_stride + position * k_token_stride + head * k_head_stride + lane
     if QUANTIZED:
-        scale = row_scale(tl.max(tl.abs(k), axis=1))
-        tl.store(k_out, quantize_tile(k, scale[:, None]), mask=mask)
-        rows = tl.arange(0, HEAD_ROWS)
-        scales = k_scale_ptr + slot * scale_slot_stride + rows * scale_head_stride + position
-        tl.store(scales, scale, mask=rows < HEADS)
+        scale = row_scale(tl.max(tl.abs(k), axis=2, keep_dims=True))
+        tl.store(k_out, quantize_tile(k, scale), mask=mask)
+        scales = k_scale_ptr + slot * scale_slot_stride + head * scale_head_stride + position
+        tl.store(scales, scale, mask=mask)
     else:
         tl.store(k_out, k.to(cache_k_ptr.dtype.element_ty), mask=mask)
         v = tl.load(v_ptr + token * v_stride + offsets, mask=mask, other=0.0)
@@ -162,13 +173,15 @@ def ring_write(
     at: Tensor,
     *,
     eps: float,
+    rows: int | None = None,
 ) -> Tensor:
-    """As the op."""
+    """As the op. `rows` are the tokens of a program, a power of two."""
     tokens, heads, head_dim = q.shape
     rotated = q.new_empty(q.shape)
     scales = cache.k_scale if cache.k_scale is not None else cache.k
     v_strides = (cache.v.stride(0), cache.v.stride(1), cache.v.stride(2))
-    write_tokens[(tokens,)](
+    constexprs, warps = _tiling(heads, head_dim, q.device.type, rows)
+    write_tokens[(triton.cdiv(tokens, constexprs["ROWS"]),)](
         q,
         k,
         v,
@@ -189,14 +202,13 @@ def ring_write(
         *scales.stride()[:2],
         angles.space.shape[0],
         cache.tokens,
+        tokens,
         eps,
-        HEADS=heads,
-        HEAD_ROWS=triton.next_power_of_2(heads),
-        HEAD_DIM=head_dim,
+        **constexprs,
         TIME_PAIRS=angles.time.shape[-1],
         SPACE_PAIRS=angles.space.shape[-1],
         QUANTIZED=cache.quantized,
-        num_warps=_WARPS,
+        num_warps=warps,
     )
     if cache.quantized:
         assert cache.k_scale is not None
@@ -221,22 +233,38 @@ def ring_write(
     return rotated
 
 
+def rows_per_program(block: int, device: str) -> int:
+    """Tokens of a program, for heads that fill `block` values together.
+
+    A GPU takes one if it is wide and several if they are narrow; in the interpreter a program takes as long for one as
+    for many.
+    """
+    return _INTERPRETED_ROWS if device == "cpu" else max(1, _TILE_VALUES // block)
+
+
+def _tiling(heads: int, head_dim: int, device: str, rows: int | None = None) -> tuple[dict[str, int], int]:
+    """Constexprs of `write_tokens` that follow from the sizes of a token, and its warps."""
+    head_rows = triton.next_power_of_2(heads)
+    rows = rows or rows_per_program(head_rows * head_dim, device)
+    warps = min(8, max(1, rows * head_rows * head_dim // _WARP_VALUES))
+    return {"HEADS": heads, "HEAD_ROWS": head_rows, "HEAD_DIM": head_dim, "ROWS": rows}, warps
+
+
 def aot_specs(sizes: ModelSizes, capability: int) -> list[KernelSpec]:
     """The kernels of a block at `sizes` on sm_`capability`."""
+    constexprs, warps = _tiling(sizes.heads, sizes.head_dim, "cuda")
     specs = [
         kernel_spec(
             f"ring_write tokens {'e4m3' if quantized else 'bf16'} cache",
             write_tokens,
             "bf16",
             {
-                "HEADS": sizes.heads,
-                "HEAD_ROWS": triton.next_power_of_2(sizes.heads),
-                "HEAD_DIM": sizes.head_dim,
+                **constexprs,
                 "TIME_PAIRS": sizes.time_pairs,
                 "SPACE_PAIRS": sizes.space_pairs,
                 "QUANTIZED": quantized,
             },
-            {"num_warps": _WARPS},
+            {"num_warps": warps},
             _POINTERS | (_QUANTIZED_POINTERS if quantized else {}),
         )
         for quantized in ((False, True) if capability >= E4M3_CAPABILITY else (False,))
