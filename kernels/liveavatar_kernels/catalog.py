@@ -39,9 +39,7 @@ class Entry:
     kernels: tuple[KernelSpec, ...]
 
 
-def catalog(
-    device: torch.device | None = None, capability: int = 90, sizes: ModelSizes = WAN_14B
-) -> tuple[Entry, ...]:
+def catalog(device: torch.device | None = None, capability: int = 90, sizes: ModelSizes = WAN_14B) -> tuple[Entry, ...]:
     """All ops.
 
     Args:

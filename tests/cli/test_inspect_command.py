@@ -33,7 +33,7 @@ def test_losses_in_fp8(checkpoint: Path, tmp_path: Path, capsys, monkeypatch) ->
     )
     rows = json.loads(rows_file.read_text())
     assert code == 0
-    assert "synthetic input" in out
+    assert "synthetic portrait" in out
     assert [row["sqnr"] for row in rows] == sorted(row["sqnr"] for row in rows)
     by_name = {row["name"]: row for row in rows}
     assert not by_name["blocks.1.ffn.2"]["skipped"]
