@@ -85,5 +85,5 @@ bench-kernels: ## check and time every kernel at the 14B model's sizes with GPU_
 	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" "$(GPU_PYTHON)" -m bench.kernels --json "$(RESULTS)/kernels.json" $(ARGS)
 
 clean: ## remove what was built (.venv stays)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.mp4
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.mp4 kernels/liveavatar_kernels/_C*
 	find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -88,7 +88,7 @@ main() {
     [[ $build == cpu ]] || extras=test,cuda
     make_venv
     install_torch "$build" "$version"
-    say "installing the engine and what it needs (about 100 MB)"
+    say "installing the engine and what it needs (about 400 MB)"
     pip install --quiet -c constraints.txt -e ".[$extras]" ||
         die "could not install the engine" "pip's reason is above. No network or a full disk are the usual ones." \
             "To start afresh: rm -rf .venv && make setup"

@@ -496,6 +496,7 @@ class TestCommand:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
         monkeypatch.setattr(kernels, "cache_bytes", lambda device: 1)
         monkeypatch.setattr(kernels, "measure_ceilings", lambda *_: Ceilings(4300.0, 790.0))
         monkeypatch.setattr(kernels, "run_case", fake)
