@@ -15,8 +15,10 @@ def show_kernels(console: Console) -> None:
     """Print a table of ops and implementations, and the versions that they run on."""
     import torch
     from liveavatar_kernels import catalog, extension
-    from liveavatar_kernels.environment import Environment
 
+    from ..pipeline.device import preferred_kernels
+
+    preferred = preferred_kernels()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     what = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     table = Table(title=f"kernels on this machine ({what})", title_justify="left")
@@ -30,7 +32,6 @@ def show_kernels(console: Console) -> None:
     console.print(table)
     reason = extension.absent()
     console.print(f"liveavatar_kernels._C: {'there' if reason is None else reason}", markup=False, soft_wrap=True)
-    preferred = Environment.read().kernels
     console.print(f"LIVEAVATAR_KERNELS: {preferred or 'not set'}; torch {torch.__version__}, {_triton()}", markup=False)
 
 

@@ -14,14 +14,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..config import EngineConfig
-from ..config.geometry import SPEECH_RATE
+from ..config import EngineConfig, StreamGeometry
+from ..config.geometry import FRAMES_PER_SECOND, LATENT_FRAME_STRIDE, SPEECH_RATE
 
 if TYPE_CHECKING:
     from ..pipeline.precision import LayerLoss
 
 _SHOWN = 20
-_BLOCK_SECONDS = 0.48
+_BLOCK_SECONDS = StreamGeometry.frames_per_block * LATENT_FRAME_STRIDE / FRAMES_PER_SECOND
 
 
 def show_precision(arguments: argparse.Namespace, config: EngineConfig, console: Console) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from liveavatar_kernels.cache import KeyValueCache, Window
 from liveavatar_kernels.ring_attention import ring_attention
 from liveavatar_kernels.ring_write import ring_write
@@ -11,7 +12,7 @@ from liveavatar_kernels.rotation import Angles
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .linear import Activation, Fp8Linear
+from .linear import Activation, Fp8Linear, input_dtype
 from .norms import RMSNorm
 
 
@@ -75,10 +76,9 @@ class RingSelfAttention(Projections):
         self.qkv = Fp8Linear.of(self.q, self.k, self.v)
         del self.q, self.k, self.v
 
-    @property
-    def input_layer(self) -> nn.Module:
-        """The layer that reads the input."""
-        return self.q if self.qkv is None else self.qkv
+    def input_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What a norm in front should make: e4m3 where all three projections read it, else the model's `dtype`."""
+        return dtype if self.qkv is None else input_dtype(self.qkv, dtype)
 
     def forward(self, x: Activation, ring: KeyValueCache, sink: KeyValueCache, view: RingView) -> Tensor:
         """[tokens, dim] -> [tokens, dim]; the block's keys and values are written to `ring` first."""

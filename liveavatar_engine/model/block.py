@@ -61,7 +61,7 @@ class TransformerBlock(nn.Module):
         wide = wide_dtype(dtype)
         x: Activation
         stream, x = stream.normed(
-            self.eps, input_dtype(self.self_attn.input_layer, dtype), dtype, shift=shift_attn, scale=scale_attn
+            self.eps, self.self_attn.input_dtype(dtype), dtype, shift=shift_attn, scale=scale_attn
         )
         stream = stream.plus(self.self_attn(x, ring, sink, view), gate_attn)
         stream, x = stream.normed(

@@ -71,16 +71,25 @@ def resolve_precision(config: EngineConfig, device: torch.device) -> Precision:
     return Precision(dtype, cache, config.fp8_skip if precision == "fp8" else None)
 
 
+def preferred_kernels() -> str | None:
+    """The kernels that LIVEAVATAR_KERNELS names, or None.
+
+    Raises:
+        ConfigError: it has a value that it cannot have.
+    """
+    try:
+        return Environment.read().kernels
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def log_kernels(device: torch.device) -> None:
     """Log what will compute each op on a device, and warn where a GPU is left to plain PyTorch.
 
     Raises:
         ConfigError: LIVEAVATAR_KERNELS has a value that it cannot have.
     """
-    try:
-        preferred = Environment.read().kernels
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    preferred = preferred_kernels()
     for entry in catalog(device):
         present = [name for name, reason in entry.implementations.items() if reason is None]
         picked = preferred if preferred in present else " or ".join(entry.automatic)

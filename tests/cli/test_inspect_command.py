@@ -26,6 +26,14 @@ def test_kernels_need_no_checkpoint(capsys, monkeypatch) -> None:
     assert "LIVEAVATAR_KERNELS: not set" in out
 
 
+def test_an_unknown_choice_of_kernels_is_one_line(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("LIVEAVATAR_KERNELS", "fast")
+    code, _, err = _run(capsys, monkeypatch, "--kernels")
+    assert code == 2
+    assert "LIVEAVATAR_KERNELS must be one of" in err
+    assert err.count("\n") == 1
+
+
 def test_losses_in_fp8(checkpoint: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     rows_file = tmp_path / "losses.json"
     code, out, _ = _run(

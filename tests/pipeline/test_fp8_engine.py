@@ -54,6 +54,12 @@ def test_the_skip_list_keeps_layers_out(checkpoint: Path) -> None:
     assert {"head.head", "time_embedding.0"} <= everything
 
 
+@pytest.mark.parametrize("part", ["self_attn.q", "self_attn.k", "self_attn.o", "cross_attn.q", "ffn.0", "ffn.2"])
+def test_any_part_of_a_layer_may_stay_out(part: str, checkpoint: Path, face: np.ndarray) -> None:
+    engine = _engine(checkpoint, precision="fp8", fp8_skip=[part])
+    assert next(iter(engine.generate(face, speech(0.4), max_blocks=1))).frames.std() > 0
+
+
 def test_an_engine_may_have_every_layer_in_fp8(checkpoint: Path, face: np.ndarray) -> None:
     engine = _engine(checkpoint, precision="fp8", fp8_skip=[])
     assert next(iter(engine.generate(face, speech(0.4), max_blocks=1))).frames.std() > 0
