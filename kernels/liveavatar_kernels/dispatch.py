@@ -14,6 +14,7 @@ from .environment import Environment
 
 ANYWHERE = ("cuda", "cpu", "meta")
 """Devices that plain PyTorch serves; on meta, ops give shapes only."""
+_INTERPRETED_ROWS = 32
 
 
 class KernelUnavailableError(RuntimeError):
@@ -104,6 +105,14 @@ def capability_of(device: torch.device) -> int:
 def processors_of(device: torch.device) -> int:
     """Streaming multiprocessors; 1 for a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def rows_per_program(block: int, values: int, device: str) -> int:
+    """Rows of `block` values that a program takes, on a type of device.
+
+    On a GPU as many as make `values`, one if it is wide. In the interpreter many: there one takes as long.
+    """
+    return _INTERPRETED_ROWS if device == "cpu" else max(1, values // block)
 
 
 def never_absent(device: torch.device) -> str | None:

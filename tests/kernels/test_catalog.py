@@ -6,7 +6,7 @@ import pytest
 import torch
 from liveavatar_kernels import KernelUnavailableError, catalog
 from liveavatar_kernels.catalog import OPS
-from liveavatar_kernels.dispatch import Implementation, Op, triton_absent
+from liveavatar_kernels.dispatch import Implementation, Op, rows_per_program, triton_absent
 from liveavatar_kernels.environment import Environment
 
 CPU = torch.device("cpu")
@@ -110,3 +110,8 @@ def test_a_kernel_that_is_broken_raises(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(kernel, "fp8_quantize", broken)
     with pytest.raises(RuntimeError, match="illegal instruction"):
         fp8_quantize(torch.ones(2, 32))
+
+
+def test_a_program_takes_wide_rows_one_by_one_and_narrow_ones_together() -> None:
+    assert [rows_per_program(block, 2048, "cuda") for block in (8192, 2048, 1024, 64)] == [1, 1, 2, 32]
+    assert rows_per_program(8192, 2048, "cpu") > 1

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import E4M3_CAPABILITY, KernelSpec, kernel_spec
+from ..dispatch import rows_per_program
 from ..e4m3 import E4M3
 from ..model_sizes import ModelSizes
 from ..tiles import quantize_tile, row_scale
@@ -20,7 +21,6 @@ _CHUNK = 1024
 """Columns of a program, which is one warp, when the row's largest magnitude is known."""
 _WARP_VALUES = 2048
 """Values of a warp when it is not."""
-_INTERPRETED_ROWS = 32
 
 
 @triton.jit
@@ -67,21 +67,12 @@ def fp8_quantize(x: Tensor, row_max: Tensor | None, *, rows: int | None = None) 
     return values, scale
 
 
-def rows_per_program(block: int, known: bool, device: str) -> int:
-    """Rows of a program, for `block` columns, with or without their largest magnitudes known.
-
-    A GPU takes one if it is wide and several if they are narrow; in the interpreter a program takes as long for one as
-    for many.
-    """
-    return _INTERPRETED_ROWS if device == "cpu" else max(1, (_CHUNK if known else _WARP_VALUES) // block)
-
-
 def _tiling(dim: int, parts: int, device: str, rows: int | None = None) -> tuple[dict[str, int], int]:
     """Constexprs of the kernel, and its warps."""
     block = triton.next_power_of_2(dim)
     if parts:
         block = min(block, _CHUNK)
-    rows = rows or rows_per_program(block, parts > 0, device)
+    rows = rows or rows_per_program(block, _CHUNK if parts else _WARP_VALUES, device)
     constexprs = {"PARTS": parts, "PART_ROWS": triton.next_power_of_2(parts), "DIM": dim, "ROWS": rows, "BLOCK": block}
     return constexprs, 1 if parts else min(16, max(1, rows * block // _WARP_VALUES))
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import E4M3_CAPABILITY, KernelSpec, kernel_spec
+from ..dispatch import rows_per_program
 from ..e4m3 import E4M3
 from ..model_sizes import ModelSizes
 from ..tiles import row_scale
@@ -24,7 +25,6 @@ _ROW_WARP_VALUES = 2048
 _TILE_VALUES = 2048
 _TILE_WARP_VALUES = 512
 """Of a program that takes several rows, and of its warps: every row has addresses of its own, which take registers."""
-_INTERPRETED_ROWS = 32
 _VECTOR = 4
 """Neighbouring values that a thread takes: more would pull float32 rows, with 16 bytes a load at most, apart in L1."""
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", E4M3: "fp8e4nv"}
@@ -139,7 +139,7 @@ def modulated_norm(
     values = x.new_empty(x.shape, dtype=dtype)
     values_scale = x.new_empty(tokens, dtype=torch.float32) if dtype == E4M3 else None
     block = triton.next_power_of_2(dim)
-    rows = rows or rows_per_program(block, x.device.type)
+    rows = rows or rows_per_program(block, _TILE_VALUES, x.device.type)
     normalise_tokens[(triton.cdiv(tokens, rows),)](
         x,
         branch,
@@ -168,15 +168,6 @@ def modulated_norm(
     return residual, values, values_scale
 
 
-def rows_per_program(block: int, device: str) -> int:
-    """Tokens of a program, for rows filled up to `block` values.
-
-    A GPU takes one if it is wide and several if they are narrow; in the interpreter a program takes as long for one as
-    for many.
-    """
-    return _INTERPRETED_ROWS if device == "cpu" else max(1, _TILE_VALUES // block)
-
-
 def _warps(rows: int, block: int) -> int:
     return min(16, max(1, rows * block // (_ROW_WARP_VALUES if rows == 1 else _TILE_WARP_VALUES)))
 
@@ -195,7 +186,7 @@ def _spec(case: Case) -> KernelSpec:
     pointers = {f"{name}_ptr": f"*{_TRITON_NAMES[dtype]}" for name, dtype in case.dtypes(torch.bfloat16).items()}
     absent = {name: None for name in normalise_tokens.arg_names if name.endswith("_ptr") and name not in pointers}
     block = triton.next_power_of_2(case.dim)
-    rows = rows_per_program(block, "cuda")
+    rows = rows_per_program(block, _TILE_VALUES, "cuda")
     constexprs = {"GROUPS": max(case.groups, case.gate_groups), "DIM": case.dim, "ROWS": rows, "BLOCK": block}
     return kernel_spec(
         f"modulated_norm {case.form}",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..aot import E4M3_CAPABILITY, KernelSpec, kernel_spec
 from ..cache import KeyValueCache
+from ..dispatch import rows_per_program
 from ..e4m3 import KV_TILE, padded_to_tile
 from ..model_sizes import ModelSizes
 from ..rotation import Angles
@@ -16,7 +17,6 @@ from ..tiles import quantize_tile, row_scale
 _WARP_VALUES = 1024
 _TILE_VALUES = 2048
 """Of a program that takes several tokens."""
-_INTERPRETED_ROWS = 32
 _VALUE_WARPS = 4
 _POINTERS = {"at_ptr": "*i32"} | dict.fromkeys(("time_ptr", "space_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32")
 _QUANTIZED_POINTERS = {"cache_k_ptr": "*fp8e4nv", "cache_v_ptr": "*fp8e4nv"}
@@ -233,19 +233,10 @@ def ring_write(
     return rotated
 
 
-def rows_per_program(block: int, device: str) -> int:
-    """Tokens of a program, for heads that fill `block` values together.
-
-    A GPU takes one if it is wide and several if they are narrow; in the interpreter a program takes as long for one as
-    for many.
-    """
-    return _INTERPRETED_ROWS if device == "cpu" else max(1, _TILE_VALUES // block)
-
-
 def _tiling(heads: int, head_dim: int, device: str, rows: int | None = None) -> tuple[dict[str, int], int]:
     """Constexprs of `write_tokens` that follow from the sizes of a token, and its warps."""
     head_rows = triton.next_power_of_2(heads)
-    rows = rows or rows_per_program(head_rows * head_dim, device)
+    rows = rows or rows_per_program(head_rows * head_dim, _TILE_VALUES, device)
     warps = min(8, max(1, rows * head_rows * head_dim // _WARP_VALUES))
     return {"HEADS": heads, "HEAD_ROWS": head_rows, "HEAD_DIM": head_dim, "ROWS": rows}, warps
 
