@@ -14,7 +14,15 @@ from .aot import KernelSpec
 from .dispatch import Op
 from .model_sizes import WAN_14B, ModelSizes
 
-OPS = ("ring_write", "ring_attention", "modulated_norm", "fp8_quantize", "fp8_linear", "rms_norm_silu")
+OPS = (
+    "ring_write",
+    "ring_attention",
+    "cross_attention",
+    "modulated_norm",
+    "fp8_quantize",
+    "fp8_linear",
+    "rms_norm_silu",
+)
 """Names of the ops, each a package with a function of that name."""
 _KERNEL_MODULES = ("kernel", "gluon")
 

@@ -13,6 +13,8 @@ class ModelSizes:
         block_tokens: tokens of a block at each picture size that is measured.
         ring_blocks: blocks in a ring.
         sink_tokens, moved_tokens: of the sink, by picture size; the moved ones are those of the reference image.
+        text_tokens: of a prompt with its padding.
+        audio_tokens: of a latent frame.
     """
 
     dim: int
@@ -22,6 +24,8 @@ class ModelSizes:
     ring_blocks: int
     block_tokens: tuple[int, ...]
     sink_tokens: tuple[int, ...]
+    text_tokens: int
+    audio_tokens: int
 
     @property
     def head_dim(self) -> int:
@@ -46,5 +50,7 @@ WAN_14B = ModelSizes(
     ring_blocks=4,
     block_tokens=(3168, 3375),
     sink_tokens=(2640, 2812),
+    text_tokens=512,
+    audio_tokens=5,
 )
 """Wan2.2-S2V-14B at 704x384 and 720x400."""

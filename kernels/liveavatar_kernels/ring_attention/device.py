@@ -13,12 +13,12 @@ _RING_WRAPPED = tl.constexpr(RING_WRAPPED)
 _MOVED = tl.constexpr(MOVED)
 _SEGMENTS = tl.constexpr(MOVED + 1)
 _P_EXPONENT = tl.constexpr(P_EXPONENT)
-_NOTHING_YET = tl.constexpr(-1e38)
+NOTHING_YET = tl.constexpr(-1e38)
 """Maximum of no logits: finite, so that what saw no key weighs nothing instead of NaN."""
 
 
 @triton.jit
-def _take_tiles(
+def take_tiles(
     q,
     q_factor,
     values,
@@ -225,7 +225,7 @@ def attend(
 
     values = tl.zeros((HEAD_DIM, QUERIES) if QUANTIZED else (QUERIES, HEAD_DIM), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
-    maximum = tl.full((QUERIES,), _NOTHING_YET, tl.float32)
+    maximum = tl.full((QUERIES,), NOTHING_YET, tl.float32)
     ring_slot = tl.load(slots_ptr).to(tl.int64)
     sink_slot = tl.load(slots_ptr + 1).to(tl.int64)
     before = 0
@@ -269,7 +269,7 @@ def attend(
         first = tl.minimum(tl.maximum(part_first - before, 0), count)
         last = tl.minimum(tl.maximum(part_last - before, 0), count)
         if QUANTIZED:
-            values, total, maximum = _take_tiles(
+            values, total, maximum = take_tiles(
                 query, factor, values, total, maximum, k_ptr, v_ptr, k_scales, v_scales,
                 k_descriptor, v_descriptor, slot.to(tl.int32), head, k_token_stride, v_stride,
                 base, first, last, start, end, run_stride, run_length,
@@ -277,7 +277,7 @@ def attend(
             )  # fmt: skip
         else:
             full = tl.minimum(last, length // KEYS)
-            values, total, maximum = _take_tiles(
+            values, total, maximum = take_tiles(
                 query, factor, values, total, maximum, k_ptr, v_ptr, k_scales, v_scales,
                 k_descriptor, v_descriptor, slot.to(tl.int32), head, k_token_stride, v_stride,
                 base, first, full, start, end, run_stride, run_length,
@@ -285,7 +285,7 @@ def attend(
             )  # fmt: skip
             tail = base + full * KEYS
             tail_tiles = tl.where((first < last) & (full < last), tl.cdiv(end - tail, TAIL), 0)
-            values, total, maximum = _take_tiles(
+            values, total, maximum = take_tiles(
                 query, factor, values, total, maximum, k_ptr, v_ptr, k_scales, v_scales,
                 k_descriptor, v_descriptor, slot.to(tl.int32), head, k_token_stride, v_stride,
                 tail, 0, tail_tiles, start, end, run_stride, run_length,
@@ -329,7 +329,7 @@ def combine(
     lane = tl.arange(0, HEAD_DIM)
     values = tl.zeros((QUERIES, HEAD_DIM), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
-    maximum = tl.full((QUERIES,), _NOTHING_YET, tl.float32)
+    maximum = tl.full((QUERIES,), NOTHING_YET, tl.float32)
     for part in tl.range(0, parts):
         slot = partial_ptr + (rest * parts + part).to(tl.int64) * QUERIES * (HEAD_DIM + 2)
         part_maximum = tl.load(slot + QUERIES * (HEAD_DIM + 1) + rows)
