@@ -74,6 +74,10 @@ class AudioEncoder:
     def state_dim(self) -> int:
         return self.model.config.hidden_size
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
     @torch.inference_mode()
     def states(self, speech: np.ndarray) -> Tensor:
         """Hidden states at 50 Hz: float32 [samples] at 16 kHz -> float32 [state_count, moments, state_dim].
@@ -82,10 +86,15 @@ class AudioEncoder:
         The speech is normalised as a whole where the checkpoint asks for it.
         """
         speech = np.pad(speech.astype(np.float32), (0, max(0, _MIN_SAMPLES - len(speech))))
-        if self.normalize:
-            speech = (speech - speech.mean()) / np.sqrt(speech.var() + _VARIANCE_EPS)
-        device = next(self.model.parameters()).device
-        output = self.model(torch.from_numpy(speech)[None].to(device), output_hidden_states=True)
+        return self.encode(torch.from_numpy(self.normalized(speech)).to(self.device))
+
+    def normalized(self, speech: np.ndarray) -> np.ndarray:
+        """Float32 [samples] with mean 0 and variance 1, where the checkpoint asks for it."""
+        return (speech - speech.mean()) / np.sqrt(speech.var() + _VARIANCE_EPS) if self.normalize else speech
+
+    def encode(self, speech: Tensor) -> Tensor:
+        """As `states`, of normalised samples on the encoder's device."""
+        output = self.model(speech[None], output_hidden_states=True)
         return torch.cat((*output.hidden_states[: self.state_count - 1], output.last_hidden_state))
 
 

@@ -24,6 +24,7 @@ from .audio_encoder import (
     pick_columns,
     state_moments,
 )
+from .audio_window import AudioWindow, column_moments, lerp_columns
 from .speech import Speech
 
 GLOBAL_SECONDS = 60
@@ -65,11 +66,22 @@ class GlobalFeatures:
         return pick_columns(self._features, first, self._columns_per_block)[None] if first < self.columns else None
 
 
-class WindowedFeatures:
-    """States of each block from a window of its own: left context, the block, look-ahead."""
+def window_samples(columns_per_block: int) -> int:
+    """Samples of a block's whole window; those at the ends of a stream are shorter."""
+    return LEFT_CONTEXT + columns_per_block * SAMPLES_PER_COLUMN + LOOK_AHEAD
 
-    def __init__(self, encoder: AudioEncoder, speech: Speech, columns_per_block: int) -> None:
+
+class WindowedFeatures:
+    """States of each block from a window of its own: left context, the block, look-ahead.
+
+    `window` computes the whole ones; None: none has been recorded.
+    """
+
+    def __init__(
+        self, encoder: AudioEncoder, speech: Speech, columns_per_block: int, window: AudioWindow | None = None
+    ) -> None:
         self._encoder, self._speech, self._columns_per_block = encoder, speech, columns_per_block
+        self._window = window
 
     @property
     def columns(self) -> int | None:
@@ -83,20 +95,18 @@ class WindowedFeatures:
         samples = self._speech.read(window_start, stop + LOOK_AHEAD)
         if window_start + len(samples) <= start:
             return None
-        return self._columns(self._encoder.states(samples), window_start // SAMPLES_PER_STATE, first)[None]
-
-    def _columns(self, states: Tensor, first_moment: int, first: int) -> Tensor:
-        """Columns at their exact times, between the two states around each: [layers, dim, columns_per_block]."""
-        out = states.new_zeros(states.shape[0], states.shape[2], self._columns_per_block)
-        last = states.shape[1] - 1
-        for column in range(self._columns_per_block):
-            feature = feature_index(first + column)
-            if self._past_the_end(feature):
-                continue
-            moment, part = divmod(feature * STATE_RATE, FEATURE_RATE)
-            before, after = (min(m - first_moment, last) for m in (moment, moment + 1))
-            out[:, :, column] = torch.lerp(states[:, before], states[:, after], part / FEATURE_RATE)
-        return out
+        count, first_moment = self._columns_per_block, window_start // SAMPLES_PER_STATE
+        if self._window is not None and len(samples) == self._window.samples:
+            moments = column_moments(first, count, first_moment, state_moments(len(samples)) - 1)
+            columns = self._window.columns(samples, moments)
+        else:
+            states = self._encoder.states(samples)
+            moments = column_moments(first, count, first_moment, states.shape[1] - 1)
+            columns = lerp_columns(states, *(torch.from_numpy(values).to(states.device) for values in moments))
+        past = [self._past_the_end(feature_index(first + column)) for column in range(count)]
+        if any(past):
+            columns[:, :, past.index(True) :] = 0
+        return columns[None]
 
     def _past_the_end(self, feature: int) -> bool:
         total = self._speech.total

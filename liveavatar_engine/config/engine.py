@@ -47,7 +47,10 @@ class EngineConfig:
         features: "global" encodes a whole utterance of up to 60 s at once, as the reference does; "windowed" encodes
             block by block with a fixed context, as live and longer audio always do.
         graphs: replay captured CUDA graphs where the device has them; off on a CPU.
-        schedule: "sequential".
+        schedule: "sequential" takes a block through all steps before the next one starts; "diagonal" takes one step
+            with each of `steps` blocks at once: the same latents with larger products, each block `steps` times later.
+        kv_mode: "timestep": each step attends to keys of its own noise level, in a ring of its own; "clean": all steps
+            share one ring, whose keys and values come from one more evaluation of the finished latents.
         sequence_parallel: GPUs that share one timestep.
         max_sessions: sessions that can be open at the same time.
     """
@@ -64,6 +67,7 @@ class EngineConfig:
     features: str = "global"
     graphs: bool = True
     schedule: str = "sequential"
+    kv_mode: str = "timestep"
     sequence_parallel: int = 1
     max_sessions: int = 1
 
@@ -73,6 +77,7 @@ class EngineConfig:
         self._check_choice("kv_precision", ("auto", *PRECISIONS))
         self._check_choice("features", ("global", "windowed"))
         self._check_choice("schedule", ("sequential", "diagonal"))
+        self._check_choice("kv_mode", ("timestep", "clean"))
         self._check_count("steps", 1, 1000)
         self._check_count("max_sessions", 1, 1024)
         self._check_count("sequence_parallel", 1, 64)
@@ -92,6 +97,7 @@ class EngineConfig:
                 )
         object.__setattr__(self, "fp8_skip", _names("fp8_skip", self.fp8_skip))
         object.__setattr__(self, "devices", _device_names(self.devices))
+        self._check_schedule()
         self._refuse_what_is_not_built()
 
     @property
@@ -120,9 +126,19 @@ class EngineConfig:
             span = f"at least {low}" if high is None else f"{low} to {high}"
             raise ConfigError(f"{name} must be {other + ' or ' if other else ''}an integer, {span}, not {value!r}")
 
+    def _check_schedule(self) -> None:
+        if self.schedule != "diagonal":
+            return
+        if self.kv_mode == "clean":
+            raise ConfigError(
+                "schedule 'diagonal' needs kv_mode 'timestep': with 'clean' each block needs the last one"
+            )
+        if self.max_sessions > 1:
+            raise ConfigError(
+                f"schedule 'diagonal' serves one session: max_sessions must be 1, not {self.max_sessions}"
+            )
+
     def _refuse_what_is_not_built(self) -> None:
-        if self.schedule == "diagonal":
-            raise ConfigError(f"schedule 'diagonal' {_NOT_YET}; use 'sequential'")
         if self.sequence_parallel > 1:
             raise ConfigError(f"sequence_parallel={self.sequence_parallel} {_NOT_YET}; use 1")
         if len(self.devices) > 1 and not isinstance(self.devices, str):

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ..errors import ConfigError
+from .fit import fit_to_area
 
 SIDE_MULTIPLE = 16
 """Eight pixels a latent, two latents a patch."""
@@ -45,3 +46,11 @@ class Size:
             if exact and side % SIDE_MULTIPLE:
                 raise ConfigError(f"size {text!r}: exact sides must be multiples of {SIDE_MULTIPLE}, {side} is not")
         return cls(width, height, exact)
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the video of a picture with these sides.
+
+        Raises:
+            InputError: an area that no video of the picture's aspect ratio fits.
+        """
+        return (self.height, self.width) if self.exact else fit_to_area(height, width, self.area)

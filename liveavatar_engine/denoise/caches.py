@@ -1,7 +1,6 @@
-"""Static key-value buffers: a ring per timestep, and one sink that all timesteps share.
+"""Static key-value buffers: rings, sinks and prompts of all sessions that can be open at a time.
 
-The arena is allocated once for all sessions that can be open at a time; a session is a slot in it. Memory starts
-uninitialised: attention reads only what has been written.
+Allocated once; a session is a number. Memory starts uninitialised: attention reads only what has been written.
 """
 
 from __future__ import annotations
@@ -14,6 +13,10 @@ from liveavatar_kernels.e4m3 import E4M3, KV_TILE, padded_to_tile
 from torch import Tensor
 
 from ..config import StreamGeometry
+from ..model.attention import KeyValue, LayerCaches
+
+SCENES = 2
+"""Sinks and prompts per session: one is read while the next is made."""
 
 
 @dataclass(frozen=True)
@@ -43,36 +46,38 @@ class CacheLayout:
         return cls(stride, stride * geometry.ring_tokens // block, start, padded_to_tile(start + sink))
 
 
-@dataclass(frozen=True)
-class StreamCaches:
-    """The buffers of one session: slot `slot` of `rings[step][layer]` and `sink[layer]`."""
-
-    rings: list[list[KeyValueCache]]
-    sink: list[KeyValueCache]
-    layout: CacheLayout
-    slot: int
-
-
 class CacheArena:
-    """Rings and sinks of `slots` sessions, in the dtype of the network or in e4m3 with scales."""
+    """Rings and sinks in `dtype`, that of the network or e4m3 with scales; prompts in the network's dtype.
+
+    Session s has the ring slots s * rings .. s * rings + rings - 1, and two slots each of the sinks and prompts.
+
+    Attributes:
+        layout: of a slot.
+        rings: per session, one per timestep unless they share a clean one.
+        layers: what blocks read and write, one entry per layer.
+        sink_layers: the same for the prefill of a sink, which takes the ring's place.
+    """
 
     def __init__(
         self,
         geometry: StreamGeometry,
-        steps: int,
-        slots: int,
+        rings: int,
+        sessions: int,
         dtype: torch.dtype,
+        text_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         model = geometry.model
         self.layout = CacheLayout.of(geometry, dtype == E4M3)
-        self.slots = slots
+        self.rings, self.sessions = rings, sessions
         heads = (model.num_heads, model.head_dim)
-        ring, sink = self.layout.ring_tokens, self.layout.sink_tokens
-        self._ring = _Buffers((slots, steps, model.num_layers), ring, heads, dtype, device, geometry.tokens_per_block)
-        self._sink = _Buffers((slots, model.num_layers), sink, heads, dtype, device, run_tokens=0)
-        self._rings = [[self._ring.cache(step, layer) for layer in range(model.num_layers)] for step in range(steps)]
-        self._sinks = [self._sink.cache(layer) for layer in range(model.num_layers)]
+        ring, sink, layers = self.layout.ring_tokens, self.layout.sink_tokens, model.num_layers
+        self._ring = _Buffers((sessions * rings, layers), ring, heads, dtype, device, geometry.tokens_per_block)
+        self._sink = _Buffers((sessions * SCENES, layers), sink, heads, dtype, device, run_tokens=0)
+        self._text = _Buffers((sessions * SCENES, layers), model.text_len, heads, text_dtype, device, run_tokens=0)
+        parts = [(self._ring.cache(i), self._sink.cache(i), self._text.cache(i)) for i in range(layers)]
+        self.layers = [LayerCaches(ring, sink, KeyValue(text.k, text.v)) for ring, sink, text in parts]
+        self.sink_layers = [LayerCaches(layer.sink, layer.sink, layer.text) for layer in self.layers]
 
     @property
     def ring_bytes(self) -> int:
@@ -84,17 +89,26 @@ class CacheArena:
         """Device memory of the sinks."""
         return self._sink.bytes
 
-    def caches(self, slot: int) -> StreamCaches:
-        """The buffers of a session."""
-        return StreamCaches(self._rings, self._sinks, self.layout, slot)
+    @property
+    def text_bytes(self) -> int:
+        """Device memory of the prompts' keys and values."""
+        return self._text.bytes
+
+    def ring_slot(self, session: int, step: int) -> int:
+        """The ring that `step` of a session writes and reads."""
+        return session * self.rings + min(step, self.rings - 1)
+
+    def scene_slots(self, session: int) -> range:
+        """A session's slots of sinks and of prompts."""
+        return range(session * SCENES, (session + 1) * SCENES)
 
 
 class _Buffers:
-    """One tensor each for all keys and all values, and in e4m3 for their scales; slots first."""
+    """One tensor each for all keys and all values, and in e4m3 for their scales; slots first, then layers."""
 
     def __init__(
         self,
-        leading: tuple[int, ...],
+        leading: tuple[int, int],
         tokens: int,
         heads: tuple[int, int],
         dtype: torch.dtype,
@@ -121,15 +135,9 @@ class _Buffers:
         tensors = (self._k, self._v, self._k_scale, self._v_scale)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
-    def cache(self, *index: int) -> KeyValueCache:
-        """The cache at an index into the leading axes behind the slots."""
-
-        def part(tensor: Tensor) -> Tensor:
-            for i in index:
-                tensor = tensor.select(1, i)
-            return tensor
-
+    def cache(self, layer: int) -> KeyValueCache:
+        """One layer's part of every slot."""
         if self._k_scale is None or self._v_scale is None:
-            return KeyValueCache(part(self._k), part(self._v), run_tokens=self._run_tokens)
-        scales = part(self._k_scale), part(self._v_scale)
-        return KeyValueCache(part(self._k), part(self._v), *scales, self._run_tokens)
+            return KeyValueCache(self._k[:, layer], self._v[:, layer], run_tokens=self._run_tokens)
+        scales = self._k_scale[:, layer], self._v_scale[:, layer]
+        return KeyValueCache(self._k[:, layer], self._v[:, layer], *scales, self._run_tokens)

@@ -32,14 +32,19 @@ class BlockNoise:
 
     def block(self, index: int) -> Tensor:
         """Noise of block `index`: float32 [channels, frames, latent_height, latent_width], on the CPU."""
-        clip, within = divmod(index, self._geometry.blocks_per_clip)
+        self.prepare(index)
+        within = index % self._geometry.blocks_per_clip
+        frames = self._geometry.frames_per_block
+        return self._clip[:, within * frames : (within + 1) * frames]
+
+    def prepare(self, index: int) -> None:
+        """Draw what `block(index)` needs, for instance while a device is busy with the block before."""
+        clip = index // self._geometry.blocks_per_clip
         if clip != self._clip_index:
             channels, _, height, width = self._geometry.block_shape
             generator = torch.Generator().manual_seed(self._seed + clip)
             self._clip = torch.randn(channels, self._geometry.ring_frames, height, width, generator=generator)
             self._clip_index = clip
-        frames = self._geometry.frames_per_block
-        return self._clip[:, within * frames : (within + 1) * frames]
 
 
 def sink_distances(policy: str | int, seed: int, block: int, steps: int) -> list[int]:

@@ -21,6 +21,15 @@ class Schedule:
     def steps(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def deltas(self) -> tuple[float, ...]:
+        """What each step adds to the noise level; an Euler step adds delta * velocity to the latents."""
+        return tuple(after - before for before, after in zip(self.sigmas, self.sigmas[1:], strict=False))
+
+    def with_clean_pass(self) -> Schedule:
+        """The schedule with a last evaluation of the finished latents at time 0, which leaves them as they are."""
+        return Schedule((*self.timesteps, 0.0), (*self.sigmas, self.sigmas[-1]))
+
 
 def flow_match_schedule(steps: int, shift: float = SHIFT) -> Schedule:
     """The schedule of diffusers' FlowMatchEulerDiscreteScheduler(1000, shift).set_timesteps(steps).

@@ -1,4 +1,4 @@
-"""Denoising a stream block by block: every step has a ring of its own, the sink is shared."""
+"""The latents of one session: blocks in order, each through all denoise steps."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from ..config import StreamGeometry
 from ..errors import ModelError
-from ..model import Network
-from ..model.attention import KeyValue
-from ..model.network import BlockInputs, TimeModulation
-from .caches import StreamCaches
+from .executor import StepExecutor
 from .noise import sink_distances
-from .positions import StreamPositions
-from .schedule import Schedule
+from .positions import Place, Scene
+from .prefill import SinkContents
 
 Observer = Callable[[int, int, Tensor], None]
-"""Called with block, step and velocity, for tests and tracing."""
+"""Called with block, step and velocity, for tests and measurements. The velocity is overwritten by the next step."""
+
+PROMPT_BLOCKS = 2
+"""Blocks over which a new prompt's sink is prefilled, so that none of them takes much longer than others."""
 
 
 @dataclass(frozen=True)
@@ -37,66 +37,85 @@ class SinkPolicy:
     seed: int
 
 
-class Denoiser:
-    """A network with a schedule, and what each timestep contributes, computed once."""
+@dataclass(frozen=True)
+class Conditions:
+    """What a stream shows, as the network reads it.
 
-    def __init__(self, network: Network, schedule: Schedule) -> None:
-        self.network, self.schedule = network, schedule
-        self.times: list[TimeModulation] = [network.time_modulation(timestep) for timestep in schedule.timesteps]
+    Attributes:
+        context: of the prompt, [tokens, text_dim].
+        reference: latent of the image, [channels, 1, latent_height, latent_width].
+        motion: motion latents [channels, frames, ...], oldest first; unused without motion tokens.
+        actor_mask: [actors, frames or 1, tokens_per_frame, 1], or None for a single actor without a mask.
+    """
+
+    context: Tensor
+    reference: Tensor
+    motion: Tensor | None = None
+    actor_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block under way."""
+
+    index: int
+    distances: list[int]
+    scene: Scene
 
 
 class LatentStream:
-    """The latents of one session. Opening it prefills the sink; `next_block` takes blocks in order.
+    """The latents of one session. Opening it prefills the sink; then it takes blocks in order.
 
     Args:
-        denoiser: network and schedule.
-        geometry: of the stream.
-        caches: the session's buffers, overwritten.
-        text: cross-attention keys and values of the prompt, per layer.
-        reference: latent of the image, [channels, 1, latent_height, latent_width].
-        motion: motion latents [channels, frames, ...], oldest first; unused without motion tokens.
+        executor: with the buffers of all sessions.
+        session: whose, 0 to the executor's sessions - 1.
+        conditions: what it shows.
         policy: of the sink.
-        actor_mask: [actors, frames, tokens_per_frame, 1] or None.
         first_frame: latent frame at which the stream starts.
         observe: called with every velocity.
     """
 
     def __init__(
         self,
-        denoiser: Denoiser,
-        geometry: StreamGeometry,
-        caches: StreamCaches,
-        *,
-        text: list[KeyValue],
-        reference: Tensor,
-        motion: Tensor | None,
+        executor: StepExecutor,
+        session: int,
+        conditions: Conditions,
         policy: SinkPolicy,
-        actor_mask: Tensor | None = None,
+        *,
         first_frame: int = 0,
         observe: Observer | None = None,
     ) -> None:
-        self._denoiser, self._geometry, self._caches = denoiser, geometry, caches
-        self._text, self._policy, self._actor_mask, self._observe = text, policy, actor_mask, observe
-        self._motion = motion if geometry.motion_tokens else None
-        wide = torch.float64 if denoiser.network.dtype == torch.float64 else torch.float32
-        self._positions = StreamPositions(
-            geometry, caches, denoiser.schedule.steps, denoiser.network.device, first_frame, wide
-        )
-        self._sink_view = self._positions.sink_view()
+        self._executor, self._session = executor, session
+        self._policy, self._first_frame, self._observe = policy, first_frame, observe
+        self._mask = conditions.actor_mask
+        self._motion = conditions.motion if executor.geometry.motion_tokens else None
+        actors = 1 if self._mask is None else len(self._mask)
+        self._cast = executor.cast(actors, self._mask is not None, session)
         self._first_latent: Tensor | None = None
         self.block = 0
-        self._prefill(reference)
+        """The next block to be taken."""
+        with executor.exclusive():
+            contents = SinkContents(conditions.reference, self._motion)
+            self._scenes = executor.scenes(session, contents, conditions.context)
 
     @property
     def device(self) -> torch.device:
-        return self._denoiser.network.device
+        return self._executor.denoiser.network.device
 
-    @torch.inference_mode()
+    @property
+    def geometry(self) -> StreamGeometry:
+        return self._executor.geometry
+
+    @property
+    def scene(self) -> Scene:
+        """What the block taken last sees besides its ring."""
+        return self._scenes.current
+
     def next_block(self, noise: Tensor, audio_states: Tensor, pose: Tensor | None = None) -> Tensor:
         """Denoise the next block.
 
         Args:
-            noise: [channels, frames, latent_height, latent_width].
+            noise: [channels, frames, latent_height, latent_width], on the CPU.
             audio_states: wav2vec2 states [actors, audio_layers, audio_dim, columns_per_block].
             pose: pose latents [cond_dim, frames, latent_height, latent_width] or None.
 
@@ -105,38 +124,75 @@ class LatentStream:
 
         Raises:
             ModelError: the first block is not finite.
+            InputError: audio states of another shape.
         """
-        network = self._denoiser.network
-        if self._policy.update_after is not None and self.block == self._policy.update_after:
-            assert self._first_latent is not None
-            self._prefill(self._first_latent)
-        inputs = BlockInputs(pose, network.audio_inputs(audio_states), self._actor_mask)
-        latents = self._denoise(noise.to(network.device), inputs)
-        if self.block == 0:
+        (latents,) = self.push(noise, audio_states, pose)
+        return latents
+
+    def push(self, noise: Tensor, audio_states: Tensor, pose: Tensor | None = None) -> list[Tensor]:
+        """Take the next block, as `next_block`; returns the latents of blocks that are finished now, in order."""
+        executor, steps = self._executor, self._executor.steps
+        with executor.exclusive():
+            self._scenes.arrive(self.block)
+            block = self._enter(audio_states, pose)
+            executor.place([self._place(block, step) for step in range(steps)], noise)
+            for step in range(steps):
+                executor.run(self._cast, step, step)
+                if self._observe is not None:
+                    self._observe(block.index, step, executor.velocity(step))
+                self._scenes.advance(block.index, step, steps)
+            return [self._finish(block.index)]
+
+    def drain(self) -> list[Tensor]:
+        """Finish the blocks that are under way; returns their latents, in order."""
+        return []
+
+    def change_prompt(self, context: Tensor) -> None:
+        """Let another prompt, [tokens, text_dim], count: at once for the first block, later within a few blocks.
+
+        Raises:
+            InputError: a context that does not fit the network.
+        """
+        with self._executor.exclusive():
+            self._executor.prompts.check(context)
+            update, latest = self._policy.update_after, self.block + (PROMPT_BLOCKS if self.block else 0)
+            together = update is not None and self.block <= update <= latest
+            self._scenes.replace_prompt(update if together and update is not None else latest, context)
+
+    def close(self) -> None:
+        """Leave unfinished what only this stream would have read."""
+        with self._executor.exclusive():
+            self._scenes.close()
+
+    def _enter(self, audio_states: Tensor, pose: Tensor | None) -> _Block:
+        """Take a block's inputs and give it its number."""
+        self._cast.enter(audio_states, pose, self._mask)
+        distances = sink_distances(self._policy.distance, self._policy.seed, self.block, self._executor.steps)
+        block = _Block(self.block, distances, self._scenes.current)
+        self.block += 1
+        return block
+
+    def _place(self, block: _Block, step: int) -> Place:
+        frame = self._first_frame + block.index * self.geometry.frames_per_block
+        ring = self._executor.arena.ring_slot(self._session, step)
+        return Place(ring, block.index, frame, block.distances[step], block.scene)
+
+    def _finish(self, block: int) -> Tensor:
+        """The latents that the last step has left; the first block's become the next reference."""
+        latents = self._executor.finished()
+        if block == 0:
             self._check_finite(latents)
             self._first_latent = latents[:, :1].clone()
-        self.block += 1
+            if self._policy.update_after is not None:
+                contents = SinkContents(self._first_latent, self._motion)
+                self._scenes.replace_contents(self._policy.update_after, contents)
         return latents
-
-    def _denoise(self, latents: Tensor, inputs: BlockInputs) -> Tensor:
-        schedule, times = self._denoiser.schedule, self._denoiser.times
-        distances = sink_distances(self._policy.distance, self._policy.seed, self.block, schedule.steps)
-        for step, view in enumerate(self._positions.block_views(self.block, distances)):
-            ring = self._caches.rings[step]
-            velocity = self._denoiser.network(latents, times[step], self._text, inputs, ring, self._caches.sink, view)
-            latents = latents + (schedule.sigmas[step + 1] - schedule.sigmas[step]) * velocity
-            if self._observe is not None:
-                self._observe(self.block, step, velocity)
-        return latents
-
-    @torch.inference_mode()
-    def _prefill(self, reference: Tensor) -> None:
-        self._denoiser.network.prefill_sink(reference, self._motion, self._text, self._caches.sink, self._sink_view)
 
     def _check_finite(self, latents: Tensor) -> None:
         if torch.isfinite(latents).all():
             return
-        bad = [name for name, weight in self._denoiser.network.named_parameters() if not weight.isfinite().all()]
+        parameters = self._executor.denoiser.network.named_parameters()
+        bad = [name for name, weight in parameters if not weight.isfinite().all()]
         cause = (
             f"weights with NaN or infinity: {', '.join(bad[:10])}{' and more' if len(bad) > 10 else ''}"
             if bad

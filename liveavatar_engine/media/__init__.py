@@ -1,7 +1,7 @@
 """Files in and out: portraits, masks, sound and video are read here, and the finished mp4 is written."""
 
 from .audio import AudioInfo, iter_speech, load_speech, probe_audio
-from .image import fit_to_area, load_image, load_mask, resize_and_crop
+from .image import load_image, load_mask, resize_and_crop
 from .mp4 import Mp4Writer, Watermark
 from .soundtrack import SoundSource, Soundtrack
 from .video import VideoInfo, iter_video_frames, probe_video
@@ -13,7 +13,6 @@ __all__ = [
     "Soundtrack",
     "VideoInfo",
     "Watermark",
-    "fit_to_area",
     "iter_speech",
     "iter_video_frames",
     "load_image",

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from liveavatar_kernels.cache import KeyValueCache, Window
+from liveavatar_kernels.cross_attention import cross_attention
 from liveavatar_kernels.ring_attention import ring_attention
 from liveavatar_kernels.ring_write import ring_write
 from liveavatar_kernels.rotation import Angles
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .linear import Activation, Fp8Linear, input_dtype
 from .norms import RMSNorm
@@ -18,10 +18,25 @@ from .norms import RMSNorm
 
 @dataclass(frozen=True)
 class KeyValue:
-    """Keys and values of one layer: [..., tokens, heads, head_dim] each."""
+    """Keys and values that are computed once and read in every step: [..., rows, heads, head_dim] each."""
 
     k: Tensor
     v: Tensor
+
+
+@dataclass(frozen=True)
+class LayerCaches:
+    """What one layer reads and writes, in every slot of an arena.
+
+    Attributes:
+        ring: takes the keys and values of the tokens at hand.
+        sink: read beside it.
+        text: of the prompts, [slots, text_len, heads, head_dim].
+    """
+
+    ring: KeyValueCache
+    sink: KeyValueCache
+    text: KeyValue
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,7 @@ class RingView:
     """Where a block writes its keys and values, and what it sees; tensors that kernels read on the device.
 
     Attributes:
-        at: int32 [2], slot of the session and first token.
+        at: int32 [2], slot of the ring and first token.
         angles: of the block's tokens.
         window: what its queries see of ring and sink.
     """
@@ -37,6 +52,19 @@ class RingView:
     at: Tensor
     angles: Angles
     window: Window
+
+
+@dataclass(frozen=True)
+class StepView:
+    """Where the groups of a call stand: equal runs of tokens, each one block at one timestep.
+
+    Attributes:
+        rings: one entry per group.
+        text: int32 [groups, 3], slot of the prompt, its tokens, and the padding tokens behind them.
+    """
+
+    rings: tuple[RingView, ...]
+    text: Tensor
 
 
 class Projections(nn.Module):
@@ -80,13 +108,20 @@ class RingSelfAttention(Projections):
         """What a norm in front should make: e4m3 where all three projections read it, else the model's `dtype`."""
         return dtype if self.qkv is None else input_dtype(self.qkv, dtype)
 
-    def forward(self, x: Activation, ring: KeyValueCache, sink: KeyValueCache, view: RingView) -> Tensor:
-        """[tokens, dim] -> [tokens, dim]; the block's keys and values are written to `ring` first."""
+    def forward(self, x: Activation, caches: LayerCaches, views: tuple[RingView, ...]) -> Tensor:
+        """[tokens, dim] -> [tokens, dim], tokens of as many groups as there are `views`.
+
+        The keys and values of each group are written to the ring first; groups do not see each other.
+        """
         projected = (self.q(x), self.k(x), self.v(x)) if self.qkv is None else self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (self.split(part) for part in projected)
+        by_group = zip(*(self.split(part).chunk(len(views)) for part in projected), strict=True)
+        attended = [self._attend(q, k, v, caches, view) for (q, k, v), view in zip(by_group, views, strict=True)]
+        return self.merge(attended[0] if len(attended) == 1 else torch.cat(attended))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, caches: LayerCaches, view: RingView) -> Tensor:
         weights = self.norm_q.weight, self.norm_k.weight
-        q = ring_write(q, k, v, *weights, view.angles, ring, view.at, eps=self.norm_q.eps)
-        return self.merge(ring_attention(q, ring, sink, view.window))
+        q = ring_write(q, k, v, *weights, view.angles, caches.ring, view.at, eps=self.norm_q.eps)
+        return ring_attention(q, caches.ring, caches.sink, view.window)
 
 
 class CachedCrossAttention(Projections):
@@ -96,20 +131,12 @@ class CachedCrossAttention(Projections):
         """[..., tokens, dim] -> keys and values [..., tokens, heads, head_dim]."""
         return KeyValue(self.split(self.norm_k(self.k(context))), self.split(self.v(context)))
 
-    def forward(self, x: Activation, context: KeyValue) -> Tensor:
+    def forward(self, x: Activation, context: KeyValue, view: Tensor) -> Tensor:
         """[tokens, dim] -> [tokens, dim].
 
-        `context` is [keys, heads, head_dim] for all tokens, or [frames, keys, heads, head_dim], where each frame's
-        tokens read its own.
+        `context` is [slots, rows, heads, head_dim]. `view`, int32 [groups, 3], names slot, tokens and padding tokens of
+        what each group of tokens reads.
         """
-        q = self.split(self.norm_q(self.q(x)))
-        if context.k.ndim == q.ndim:
-            return self.merge(attend(q, context.k, context.v))
-        by_frame = q.unflatten(0, (len(context.k), -1))
-        return self.merge(attend(by_frame, context.k, context.v).flatten(0, 1))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention of [..., queries, heads, head_dim] to [..., keys, heads, head_dim]."""
-    q, k, v = (x.transpose(-3, -2).contiguous() for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(-3, -2)
+        q = self.split(self.q(x)).unflatten(0, (len(view), -1))
+        attended = cross_attention(q, self.norm_q.weight, context.k, context.v, view, eps=self.norm_q.eps)
+        return self.merge(attended.flatten(0, 1))

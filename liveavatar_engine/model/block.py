@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from liveavatar_kernels.cache import KeyValueCache
 from torch import Tensor, nn
 
-from .attention import CachedCrossAttention, KeyValue, RingSelfAttention, RingView
+from .attention import CachedCrossAttention, LayerCaches, RingSelfAttention, StepView
 from .linear import Activation, Fp8Linear, input_dtype
 from .norms import AffineNorm, wide_dtype
 from .residual import Residual
@@ -43,27 +42,19 @@ class TransformerBlock(nn.Module):
         self.cross_attn = CachedCrossAttention(dim, heads, eps)
         self.ffn = FeedForward(dim, ffn_dim)
 
-    def forward(
-        self,
-        stream: Residual,
-        modulation: Tensor,
-        text: KeyValue,
-        ring: KeyValueCache,
-        sink: KeyValueCache,
-        view: RingView,
-    ) -> Residual:
-        """A block's tokens at one timestep, [tokens, dim]; `modulation` is float32 [6, dim].
+    def forward(self, stream: Residual, modulation: Tensor, caches: LayerCaches, view: StepView) -> Residual:
+        """Tokens of one or several groups, [tokens, dim]; `modulation` is float32 [6, groups, dim].
 
         The stream that is returned waits for the FFN's branch, to be rounded to the model's dtype.
         """
-        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation[:, None]
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation
         dtype = self.norm3.weight.dtype
         wide = wide_dtype(dtype)
         x: Activation
         stream, x = stream.normed(
             self.eps, self.self_attn.input_dtype(dtype), dtype, shift=shift_attn, scale=scale_attn
         )
-        stream = stream.plus(self.self_attn(x, ring, sink, view), gate_attn)
+        stream = stream.plus(self.self_attn(x, caches, view.rings), gate_attn)
         stream, x = stream.normed(
             self.eps,
             input_dtype(self.cross_attn.q, dtype),
@@ -71,6 +62,6 @@ class TransformerBlock(nn.Module):
             weight=self.norm3.weight,
             bias=self.norm3.bias,
         )
-        stream = stream.plus(self.cross_attn(x, text))
+        stream = stream.plus(self.cross_attn(x, caches.text, view.text))
         stream, x = stream.normed(self.eps, input_dtype(self.ffn[0], dtype), wide, shift=shift_ffn, scale=scale_ffn)
         return stream.plus(self.ffn(x), gate_ffn)

@@ -57,10 +57,10 @@ class Head(nn.Module):
     ) -> Tensor:
         """Stream [tokens, dim], rounded to the model's `dtype` -> [channels, frames, height, width] in float32.
 
-        A token holds its patch in (frame, row, column, channel) order, the channel fastest. `shift` and `scale`, [dim]
-        each, are the learned modulation plus the time embedding itself.
+        A token holds its patch in (frame, row, column, channel) order, the channel fastest. `shift` and `scale`,
+        [groups, dim] each, are the learned modulation plus the time embedding itself.
         """
-        _, normed = stream.normed(self.eps, wide_dtype(dtype), dtype, shift=shift[None], scale=scale[None])
+        _, normed = stream.normed(self.eps, wide_dtype(dtype), dtype, shift=shift, scale=scale)
         patches = self.head(normed)
         frames, rows, columns = grid
         p, q, r = self.patch

@@ -1,22 +1,23 @@
 """The Live Avatar network: velocity of a block at one timestep, and the caches that it reads.
 
 Everything that does not change from step to step is computed once by a method of its own: text keys and values per
-session, audio inputs per block, time modulation per timestep, the sink whenever its image changes.
+prompt, audio inputs and pose tokens per block, time modulation per timestep, the sink whenever its image or the prompt
+changes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from liveavatar_kernels.cache import KeyValueCache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import ModelConfig
 from ..config.geometry import LATENT_FRAME_STRIDE, MOTION_LATENTS
-from .attention import KeyValue, RingView
-from .audio_injection import AudioInjector, InjectorInput
+from .attention import KeyValue, LayerCaches, StepView
+from .audio_injection import AudioInjector, AudioInputs
 from .audio_tokens import CausalAudioEncoder
 from .block import TransformerBlock
 from .embeddings import Head, PatchEmbedding, sinusoid, text_embedding, time_embedding, time_projection
@@ -31,29 +32,33 @@ NOISY, REFERENCE, MOTION = range(3)
 
 @dataclass(frozen=True)
 class TimeModulation:
-    """What one timestep contributes; float32.
+    """What timesteps contribute; float32.
 
     Attributes:
-        blocks: [layers, 6, dim], learned modulation plus the time projection.
-        head: [2, dim], learned modulation plus the time embedding.
+        blocks: [layers, 6, timesteps, dim], learned modulation plus the time projection.
+        head: [2, timesteps, dim], learned modulation plus the time embedding.
     """
 
     blocks: Tensor
     head: Tensor
 
+    def __getitem__(self, timesteps: slice) -> TimeModulation:
+        """Views of some of the timesteps."""
+        return TimeModulation(self.blocks[:, :, timesteps], self.head[:, timesteps])
+
 
 @dataclass(frozen=True)
-class BlockInputs:
-    """What a block brings besides its latents; the same for all of its steps.
+class StepInputs:
+    """What blocks bring besides their latents; the same for all steps of a block.
 
     Attributes:
-        pose: pose latents [cond_dim, frames, height, width], or None.
-        audio: one entry per injector.
+        token_bias: [tokens, dim], added to the tokens of the latents: pose tokens and the mark of noisy ones.
+        audio: of all frames.
         actor_mask: [actors, frames, tokens_per_frame, 1], or None for a single actor without a mask.
     """
 
-    pose: Tensor | None
-    audio: list[InjectorInput]
+    token_bias: Tensor
+    audio: AudioInputs
     actor_mask: Tensor | None
 
 
@@ -94,90 +99,98 @@ class Network(nn.Module):
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
 
-    def text_keys(self, context: Tensor) -> list[KeyValue]:
-        """Cross-attention keys and values of a prompt, once per session; one entry per layer.
+    def text_keys(self, context: Tensor) -> Iterator[KeyValue]:
+        """Cross-attention keys and values of a prompt, layer by layer: [text_len, heads, head_dim] each.
 
         `context` is [tokens, text_dim], at most text_len tokens. It is padded with zeros to text_len *before* the
-        embedding, and the padding is attended to.
+        embedding, and the padding is attended to; all of its rows are alike.
         """
         padded = F.pad(context.to(self.device, self.dtype), (0, 0, 0, self.config.text_len - context.shape[0]))
         embedded = self.text_embedding(padded)
-        return [block.cross_attn.key_value(embedded) for block in self._blocks()]
+        for block in self.layers():
+            yield block.cross_attn.key_value(embedded)
 
-    def audio_inputs(self, states: Tensor) -> list[InjectorInput]:
-        """Injector inputs of a block from wav2vec2 states [actors, audio_layers, audio_dim, columns]."""
+    def audio_inputs(self, states: Tensor) -> Tensor:
+        """`AudioInputs.packed` of a block from wav2vec2 states [actors, audio_layers, audio_dim, columns]."""
         return self.audio_injector.prepare(self.casual_audio_encoder(states.to(self.device)))
 
-    def time_modulation(self, timestep: float | Tensor) -> TimeModulation:
-        """Modulation of every layer and of the head at one timestep in 0..1000."""
-        position = torch.as_tensor(timestep, dtype=torch.float64, device=self.device)
-        wide = self.head.modulation.dtype
-        embedding = self.time_embedding(sinusoid(position, self.config.freq_dim).to(wide))
-        projection = self.time_projection(embedding).view(6, -1)
+    def audio_inputs_shape(self, actors: int, frames: int) -> tuple[int, ...]:
+        """The shape of what `audio_inputs` returns."""
+        rows = self.audio_injector.rows(self.config.num_audio_token + 1)
+        return (len(self.audio_injector.injector), actors, frames, rows, self.config.dim)
+
+    def time_modulation(self, timesteps: Sequence[float]) -> TimeModulation:
+        """Modulation of every layer and of the head at timesteps in 0..1000."""
+        each = [self._time_modulation(timestep) for timestep in timesteps]
         return TimeModulation(
-            blocks=torch.stack([block.modulation[0] + projection for block in self._blocks()]),
-            head=self.head.modulation[0] + embedding,
+            blocks=torch.stack([blocks for blocks, _ in each], dim=2), head=torch.stack([head for _, head in each], 1)
         )
 
-    def prefill_sink(
-        self,
-        reference: Tensor,
-        motion: Tensor | None,
-        text: list[KeyValue],
-        sink: list[KeyValueCache],
-        view: RingView,
-    ) -> None:
-        """Fill the sink's keys and values, `[motion | reference]`, at time 0 and base positions.
+    def token_bias(self, pose: Tensor | None) -> Tensor:
+        """What a block's pose latents [cond_dim, frames, height, width] add to its tokens: [tokens, dim].
+
+        Without a pose the reference encodes zeros, which leaves a bias: [dim].
+        """
+        noisy = self.trainable_cond_mask.weight[NOISY]
+        if pose is not None:
+            return self.cond_encoder.tokens(pose.to(self.device)) + noisy
+        bias = self.cond_encoder.bias
+        assert bias is not None
+        return bias + noisy
+
+    def sink_tokens(self, reference: Tensor, motion: Tensor | None) -> Tensor:
+        """Tokens of the sink, `[motion | reference]`, [tokens, dim].
 
         Args:
             reference: [channels, 1, height, width].
             motion: [channels, frames, height, width], oldest first, or None to leave motion tokens out.
-            text: of the session; the sink's tokens read the prompt too, but no audio.
-            sink: one entry per layer, written in place.
-            view: where the sink's tokens go, and that they see each other.
         """
-        tokens = self.patch_embedding.tokens(reference.to(self.device)) + self.trainable_cond_mask.weight[REFERENCE]
-        if motion is not None:
-            packed = self.frame_packer(motion.to(self.device, self.dtype)) + self.trainable_cond_mask.weight[MOTION]
-            tokens = torch.cat((packed, tokens))
-        time = self.time_modulation(0.0)
-        stream = Residual(tokens)
-        for block, modulation, layer_text, layer_sink in zip(self._blocks(), time.blocks, text, sink, strict=True):
-            stream = block(stream, modulation, layer_text, layer_sink, layer_sink, view)
+        tokens = self.patch_embedding.tokens(reference) + self.trainable_cond_mask.weight[REFERENCE]
+        if motion is None:
+            return tokens
+        packed = self.frame_packer(motion.to(self.dtype)) + self.trainable_cond_mask.weight[MOTION]
+        return torch.cat((packed, tokens))
+
+    def layers(self) -> list[TransformerBlock]:
+        """The transformer's blocks, in order."""
+        return [block for block in self.blocks if isinstance(block, TransformerBlock)]
 
     def forward(
         self,
         latents: Tensor,
         time: TimeModulation,
-        text: list[KeyValue],
-        inputs: BlockInputs,
-        ring: list[KeyValueCache],
-        sink: list[KeyValueCache],
-        view: RingView,
+        inputs: StepInputs,
+        caches: Sequence[LayerCaches],
+        view: StepView,
     ) -> Tensor:
-        """Velocity of a block: float32 [channels, frames, height, width] -> the same shape, float32.
+        """Velocity of one or several groups, each a block at one timestep; groups do not see each other.
 
-        Writes the block's keys and values to `ring`, the ring of this timestep.
+        Writes the blocks' keys and values to the rings that `view` names.
+
+        Args:
+            latents: [channels, groups * frames, height, width].
+            time: of the groups' timesteps.
+            inputs: of the groups, one behind the other.
+            caches: one entry per layer.
+            view: where the groups stand.
+
+        Returns:
+            Of latents' shape, float32.
         """
         _, frames, height, width = latents.shape
-        tokens = self.patch_embedding.tokens(latents) + self._pose_tokens(inputs.pose)
-        tokens = tokens + self.trainable_cond_mask.weight[NOISY]
-        stream = Residual(tokens)
-        layers = zip(self._blocks(), time.blocks, text, ring, sink, strict=True)
-        for index, (block, modulation, layer_text, layer_ring, layer_sink) in enumerate(layers):
-            stream = block(stream, modulation, layer_text, layer_ring, layer_sink, view)
+        stream = Residual(self.patch_embedding.tokens(latents) + inputs.token_bias)
+        layers = zip(self.layers(), time.blocks, caches, strict=True)
+        for index, (block, modulation, layer_caches) in enumerate(layers):
+            stream = block(stream, modulation, layer_caches, view)
             stream = self.audio_injector(stream, index, inputs.audio, inputs.actor_mask)
         patch_frames, patch_rows, patch_columns = self.config.patch_size
         grid = (frames // patch_frames, height // patch_rows, width // patch_columns)
         return self.head(stream, time.head[0], time.head[1], grid, self.dtype)
 
-    def _pose_tokens(self, pose: Tensor | None) -> Tensor:
-        """Pose tokens [tokens, dim]; without a pose the reference encodes zeros, which leaves the bias, [dim]."""
-        if pose is None:
-            bias = self.cond_encoder.bias
-            assert bias is not None
-            return bias
-        return self.cond_encoder.tokens(pose.to(self.device))
-
-    def _blocks(self) -> list[TransformerBlock]:
-        return [block for block in self.blocks if isinstance(block, TransformerBlock)]
+    def _time_modulation(self, timestep: float) -> tuple[Tensor, Tensor]:
+        position = torch.as_tensor(timestep, dtype=torch.float64, device=self.device)
+        wide = self.head.modulation.dtype
+        embedding = self.time_embedding(sinusoid(position, self.config.freq_dim).to(wide))
+        projection = self.time_projection(embedding).view(6, -1)
+        blocks = torch.stack([block.modulation[0] + projection for block in self.layers()])
+        return blocks, self.head.modulation[0] + embedding

@@ -19,7 +19,7 @@ class Residual:
     Attributes:
         x: [tokens, dim].
         branch: [tokens, dim], or None.
-        gate: [1, dim] float32, or None for 1.
+        gate: [groups, dim] float32, for equal runs of tokens, or None for 1.
     """
 
     x: Tensor
@@ -52,7 +52,7 @@ class Residual:
             eps=eps,
             dtype=dtype,
             branch=self.branch,
-            gate=self.gate,
+            gate=_as_fine(self.gate, shift),
             shift=shift,
             scale=scale,
             weight=weight,
@@ -60,3 +60,10 @@ class Residual:
             residual_dtype=None if self.branch is None else residual_dtype,
         )
         return Residual(made.residual), made.values if made.scale is None else Quantized(made.values, made.scale)
+
+
+def _as_fine(gate: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    """The gate for as many groups as the shift has: a gate may belong to blocks, where a shift belongs to frames."""
+    if gate is None or shift is None or len(gate) == 1 or len(gate) == len(shift) or len(shift) == 1:
+        return gate
+    return gate.repeat_interleave(len(shift) // len(gate), dim=0, output_size=len(shift))

@@ -97,3 +97,19 @@ def log_kernels(device: torch.device) -> None:
         missing = entry.implementations.get("triton")
         if device.type == "cuda" and missing is not None:
             _log.warning("op %s runs in plain PyTorch, slowly: %s", entry.name, missing)
+
+
+def graphs_absent(device: torch.device) -> str | None:
+    """Why denoise steps cannot be captured as CUDA graphs on a device; None: they can.
+
+    Kernels read on the device where a block stands. The plain PyTorch ops read it on the host, which no graph can hold.
+
+    Raises:
+        ConfigError: LIVEAVATAR_KERNELS has a value that it cannot have.
+    """
+    if device.type != "cuda":
+        return "CUDA graphs need a CUDA device"
+    if preferred_kernels() == "reference":
+        return "LIVEAVATAR_KERNELS asks for plain PyTorch, which reads on the host where a block stands"
+    missing = [entry for entry in catalog(device) if entry.implementations.get("triton") is not None]
+    return f"op {missing[0].name} runs in plain PyTorch" if missing else None

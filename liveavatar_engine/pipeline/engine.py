@@ -15,26 +15,30 @@ from torch import Tensor
 
 from ..conditions.actors import actor_mask
 from ..conditions.audio_encoder import AudioEncoder
-from ..conditions.audio_features import ActorFeatures, Features, WindowedFeatures
+from ..conditions.audio_features import ActorFeatures, Features, WindowedFeatures, window_samples
+from ..conditions.audio_window import AudioWindow
 from ..conditions.pose import PoseStream
 from ..conditions.speech import LiveSpeech
 from ..conditions.still import still_conditions, to_pixels
 from ..conditions.text import TextEncoder
 from ..config import EngineConfig, StreamGeometry
 from ..config.engine import DEFAULT_SEED
+from ..config.fit import TYPICAL_SIDES
 from ..config.geometry import FRAMES_PER_SECOND
-from ..denoise.caches import CacheArena, StreamCaches
+from ..denoise.diagonal import open_stream
+from ..denoise.executor import Denoiser, StepExecutor
 from ..denoise.noise import BlockNoise, check_seed
 from ..denoise.schedule import flow_match_schedule
-from ..denoise.stream import Denoiser, LatentStream, SinkPolicy
+from ..denoise.stream import Conditions, SinkPolicy
 from ..errors import CheckpointError, ConfigError, InputError, SessionError
 from ..model import Network
-from ..model.quantize import quantize_linears
+from ..runtime.graphs import recorder
 from ..vae.vae import Vae, load_vae
+from ..weights.conversion import settled
 from ..weights.layout import Checkpoint
 from ..weights.network import LoadProgress, load_network
 from . import inputs
-from .device import log_kernels, resolve_device, resolve_precision
+from .device import graphs_absent, log_kernels, resolve_device, resolve_precision
 from .precision import LayerLoss, measured_losses
 from .session import Session, SessionParts
 
@@ -77,14 +81,15 @@ class Engine:
     ) -> None:
         self.config = config
         self._cache_dtype = resolve_precision(config, network.device).cache
+        self._graphs = config.graphs and graphs_absent(network.device) is None
         self._network, self._vae = network, vae
         self._text_encoder, self._audio_encoder = text_encoder, audio_encoder
-        with torch.inference_mode():
-            self._denoiser = Denoiser(network, flow_match_schedule(config.steps))
+        schedule = flow_match_schedule(config.steps)
+        self._denoiser = Denoiser(network, schedule, clean_pass=config.kv_mode == "clean")
         self._lock = threading.Lock()
         self._free_slots = list(range(config.max_sessions))
-        self._arena: CacheArena | None = None
-        self._arena_geometry: StreamGeometry | None = None
+        self._executor: StepExecutor | None = None
+        self._window: AudioWindow | None = None
 
     @classmethod
     def from_pretrained(
@@ -103,30 +108,66 @@ class Engine:
                 network by then.
             ConfigError: the device or precision asked for is not there, or LIVEAVATAR_KERNELS names no kernels.
         """
-        config = config or EngineConfig()
-        device = resolve_device(config.devices)
+        device = resolve_device((config or EngineConfig()).devices)
         log_kernels(device)
+        found, adapter = Checkpoint(Path(checkpoint)), Path(lora) if lora is not None else None
+        config = settled(config or EngineConfig(), found.root, adapter)
         precision = resolve_precision(config, device)
         dtype = precision.dtype
-        found = Checkpoint(Path(checkpoint))
         _log.info("loading %s as %s on %s", found.root, dtype, device)
         audio_encoder = AudioEncoder.load(found.audio_encoder, device)
         text_encoder = TextEncoder.load(found.text_encoder, found.tokenizer, dtype, device)
         vae = load_vae(found.vae, dtype, device)
-        network = load_network(found.root, Path(lora) if lora is not None else None, dtype, device, progress)
+        network = load_network(found.root, adapter, dtype, device, progress, precision.fp8_skip)
         sizes = (audio_encoder.state_count, audio_encoder.state_dim)
         if sizes != (network.config.audio_layers, network.config.audio_dim):
             raise CheckpointError(
                 f"{found.audio_encoder}: {sizes[0]} states of {sizes[1]}; the network was made for "
                 f"{network.config.audio_layers} of {network.config.audio_dim}"
             )
-        if precision.fp8_skip is not None:
-            quantize_linears(network, precision.fp8_skip)
         return cls(config, network, vae, text_encoder, audio_encoder)
 
     @property
     def device(self) -> torch.device:
         return self._network.device
+
+    @property
+    def executor(self) -> StepExecutor | None:
+        """What runs the denoise steps, once `warm_up` or a session has made it."""
+        return self._executor
+
+    def warm_up(self, picture: tuple[int, int] = TYPICAL_SIDES, *, actors: int = 1, masked: bool | None = None) -> None:
+        """Allocate all caches, compile and choose kernels, and capture the denoise steps as CUDA graphs.
+
+        The first session does the same, for its own picture, and takes so much longer. After it, opening a session,
+        other audio, a new prompt and the sink's update neither allocate caches nor capture anything.
+
+        Args:
+            picture: height and width of the pictures to come; their ratio counts where the configured size is an area.
+            actors: of the sessions to come.
+            masked: whether there are actor masks; None: with several actors.
+
+        Raises:
+            ConfigError: the size does not fit the model.
+            SessionError: sessions of another size are open, or all slots are taken.
+        """
+        height, width = self.config.parsed_size.sides(*picture)
+        geometry = StreamGeometry(self._network.config, height, width, motion_tokens=self.config.motion_tokens)
+        slot, executor = self._take_slot(geometry)
+        try:
+            executor.warm_up(actors, actors > 1 if masked is None else masked, slot)
+            self._audio_window(geometry)
+            self._rehearse(geometry)
+        finally:
+            self._give_slot_back(slot)
+
+    def _rehearse(self, geometry: StreamGeometry) -> None:
+        """Run the other parts once, at their real sizes: libraries choose and load what they need."""
+        channels, frames, rows, columns = geometry.block_shape
+        decoder = self._vae.decoder_stream()
+        for count in (1, frames):
+            decoder.decode(torch.zeros(channels, count, rows, columns))
+        list(self._vae.encode(torch.zeros(1, 3, geometry.height, geometry.width)))
 
     def generate(
         self,
@@ -161,7 +202,11 @@ class Engine:
         actors = 1 if isinstance(audio, inputs.AudioInput) else len(audio)
         scene = self._scene(image, prompt, seed, actors, actor_masks, pose_video)
         features = inputs.recorded_features(
-            audio, self._audio_encoder, self.config.features, scene.geometry.columns_per_block
+            audio,
+            self._audio_encoder,
+            self.config.features,
+            scene.geometry.columns_per_block,
+            lambda: self._audio_window(scene.geometry),
         )
         return self._open(scene, features, live=[], max_blocks=max_blocks)
 
@@ -210,7 +255,8 @@ class Engine:
         live = [LiveSpeech() for _ in range(len(actor_masks or ()) or 1)]
         scene = self._scene(image, prompt, seed, len(live), actor_masks, pose_video)
         per_block = scene.geometry.columns_per_block
-        features = ActorFeatures([WindowedFeatures(self._audio_encoder, speech, per_block) for speech in live])
+        window = self._audio_window(scene.geometry)
+        features = ActorFeatures([WindowedFeatures(self._audio_encoder, speech, per_block, window) for speech in live])
         return self._open(scene, features, live, max_blocks=None)
 
     def _scene(
@@ -243,44 +289,64 @@ class Engine:
         still = still_conditions(self._vae, scene.pixels.to(self.device))
         decoder = self._vae.decoder_stream()
         decoder.decode(still.priming)
-        with torch.inference_mode():
-            context = self._text_encoder.context(scene.prompt, self._network.config.text_len)
-            text = self._network.text_keys(context)
-        slot, caches = self._take_slot(scene.geometry)
+        context = self._encode_prompt(scene.prompt)
+        conditions = Conditions(context, still.reference, still.motion, scene.actor_mask)
+        policy = SinkPolicy(self.config.sink_distance, self.config.sink_update_after, scene.seed)
+        slot, executor = self._take_slot(scene.geometry)
         try:
-            latents = LatentStream(
-                self._denoiser,
-                scene.geometry,
-                caches,
-                text=text,
-                reference=still.reference,
-                motion=still.motion,
-                policy=SinkPolicy(self.config.sink_distance, self.config.sink_update_after, scene.seed),
-                actor_mask=scene.actor_mask,
-            )
+            latents = open_stream(executor, slot, conditions, policy)
         except BaseException:
             self._give_slot_back(slot)
             raise
         noise = BlockNoise(scene.geometry, scene.seed)
-        parts = SessionParts(scene.geometry, features, noise, latents, decoder, scene.pose, live)
-        return Session(parts, lambda: self._give_slot_back(slot), max_blocks)
+        parts = SessionParts(
+            scene.geometry, features, noise, latents, decoder, scene.pose, live, encode_prompt=self._encode_prompt
+        )
 
-    def _take_slot(self, geometry: StreamGeometry) -> tuple[int, StreamCaches]:
-        """A free slot in the arena, which is made at the first session and when the size changes between sessions."""
+        def release() -> None:
+            latents.close()
+            self._give_slot_back(slot)
+
+        return Session(parts, release, max_blocks)
+
+    def _audio_window(self, geometry: StreamGeometry) -> AudioWindow:
+        """What encodes a block's window of speech, for all sessions; it does not depend on the picture's size."""
+        with self._lock:
+            if self._window is None:
+                columns = geometry.columns_per_block
+                record_with = recorder(self.device, self._graphs)
+                self._window = AudioWindow(self._audio_encoder, window_samples(columns), columns, record_with)
+            return self._window
+
+    def _encode_prompt(self, prompt: str) -> Tensor:
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt: expected text, not {type(prompt).__name__}")
+        return self._text_encoder.context(prompt, self._network.config.text_len)
+
+    def _take_slot(self, geometry: StreamGeometry) -> tuple[int, StepExecutor]:
+        """A free slot, in buffers that are made at the first session and when the size changes between sessions."""
         with self._lock:
             if not self._free_slots:
                 raise SessionError(
                     f"all {self.config.max_sessions} sessions are open: close one, or set EngineConfig.max_sessions"
                 )
-            if self._arena is None or geometry != self._arena_geometry:
-                if len(self._free_slots) < self.config.max_sessions:
-                    raise SessionError("sessions of another picture size are open; sizes cannot be mixed in an engine")
-                self._arena = None
-                slots, dtype = self.config.max_sessions, self._cache_dtype
-                self._arena = CacheArena(geometry, self.config.steps, slots, dtype, self.device)
-                self._arena_geometry = geometry
-            slot = self._free_slots.pop()
-            return slot, self._arena.caches(slot)
+            executor = self._executor_for(geometry)
+            return self._free_slots.pop(), executor
+
+    def _executor_for(self, geometry: StreamGeometry) -> StepExecutor:
+        if self._executor is None or self._executor.geometry != geometry:
+            if len(self._free_slots) < self.config.max_sessions:
+                raise SessionError("sessions of another picture size are open; sizes cannot be mixed in an engine")
+            self._executor = None
+            self._executor = StepExecutor(
+                self._denoiser,
+                geometry,
+                sessions=self.config.max_sessions,
+                cache_dtype=self._cache_dtype,
+                graphs=self._graphs,
+                diagonal=self.config.schedule == "diagonal",
+            )
+        return self._executor
 
     def _give_slot_back(self, slot: int) -> None:
         with self._lock:

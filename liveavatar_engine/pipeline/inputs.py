@@ -6,7 +6,7 @@ Files are read through `liveavatar_engine.media`, imported only when a file is g
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ import numpy as np
 
 from ..conditions.audio_encoder import AudioEncoder
 from ..conditions.audio_features import GLOBAL_SECONDS, ActorFeatures, Features, GlobalFeatures, WindowedFeatures
+from ..conditions.audio_window import AudioWindow
 from ..conditions.speech import RecordedSpeech, as_samples
 from ..config import Size
 from ..config.geometry import SPEECH_RATE
@@ -45,25 +46,25 @@ def portrait(image: str | Path | Image.Image | np.ndarray, size: Size) -> np.nda
             return image
     from PIL import Image
 
-    from ..media.image import fit_to_area, load_image, resize_and_crop
+    from ..media.image import load_image, resize_and_crop
 
     if isinstance(image, np.ndarray):
         picture = Image.fromarray(image)
     else:
         picture = image.convert("RGB") if isinstance(image, Image.Image) else load_image(image)
-    if size.exact:
-        height, width = size.height, size.width
-    else:
-        height, width = fit_to_area(picture.height, picture.width, size.area)
-    return resize_and_crop(picture, height, width)
+    return resize_and_crop(picture, *size.sides(picture.height, picture.width))
 
 
 def recorded_features(
-    audio: AudioInput | Sequence[AudioInput], encoder: AudioEncoder, mode: str, columns_per_block: int
+    audio: AudioInput | Sequence[AudioInput],
+    encoder: AudioEncoder,
+    mode: str,
+    columns_per_block: int,
+    window: Callable[[], AudioWindow],
 ) -> Features:
     """Audio states of recorded speech, one recording per actor.
 
-    "global" holds up to 60 s; when any actor's audio is longer, all are encoded "windowed".
+    "global" holds up to 60 s; when any actor's audio is longer, all are encoded "windowed", with what `window` gives.
 
     Raises:
         InputError: a recording cannot be read or is empty.
@@ -81,7 +82,7 @@ def recorded_features(
         if mode == "global":
             _log.warning("audio longer than %d s: encoded in windows instead of as a whole", GLOBAL_SECONDS)
         actors = [
-            WindowedFeatures(encoder, RecordedSpeech(chain(head, chunks)), columns_per_block)
+            WindowedFeatures(encoder, RecordedSpeech(chain(head, chunks)), columns_per_block, window())
             for head, chunks in zip(heads, streams, strict=True)
         ]
     return ActorFeatures(actors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class SessionParts:
     decoder: DecoderStream
     pose: PoseStream | None
     live: list[LiveSpeech]
+    encode_prompt: Callable[[str], Tensor]
 
 
 class Session:
@@ -53,7 +55,8 @@ class Session:
     def __init__(self, parts: SessionParts, release: Callable[[], None], max_blocks: int | None = None) -> None:
         self._parts = parts
         self._max_blocks = max_blocks
-        self._block = 0
+        self._block = self._taken = 0
+        self._finished: deque[Tensor] = deque()
         self._closed = False
         self._running = threading.Lock()
         self.last_latents: Tensor | None = None
@@ -101,6 +104,17 @@ class Session:
         """Say that no more audio comes, from one actor or (None) from all; the frames end with it."""
         for index in range(len(self._parts.live)) if actor is None else (actor,):
             self._live_speech(index).end()
+
+    def change_prompt(self, prompt: str) -> None:
+        """Let the scene follow another prompt, from a block on that is about a second away; from any thread.
+
+        Raises:
+            SessionError: the session is closed.
+            InputError: the prompt is no text.
+        """
+        if self.closed:
+            raise SessionError("the session is closed")
+        self._parts.latents.change_prompt(self._parts.encode_prompt(prompt))
 
     def frames(self) -> Iterator[FrameChunk]:
         """The chunks to come; the same as iterating over the session."""
@@ -159,23 +173,36 @@ class Session:
     def _next_chunk(self) -> FrameChunk | None:
         parts, index = self._parts, self._block
         timer = StageTimer(parts.latents.device)
-        with timer.stage("audio"):
-            states = parts.features.block(index)
-        if states is None or self.closed:
+        while not self._finished and not self.closed:
+            if not self._take_block(timer):
+                with timer.stage("denoise"):
+                    self._finished.extend(parts.latents.drain())
+                break
+        if not self._finished:
             return None
-        with timer.stage("denoise"):
-            latents = self._denoise(states, index)
+        latents = self._finished.popleft()
         with timer.stage("decode"):
             decoded = to_uint8(parts.decoder.decode(latents))
+        parts.noise.prepare(self._taken)
         frames = decoded.cpu().numpy()
         self.last_latents = latents
         self._block += 1
         return self._chunk(frames, index, timer.seconds())
 
-    def _denoise(self, states: Tensor, index: int) -> Tensor:
-        parts = self._parts
-        pose = None if parts.pose is None else parts.pose.block(index)
-        return parts.latents.next_block(parts.noise.block(index), states, pose)
+    def _take_block(self, timer: StageTimer) -> bool:
+        """Start on the next block; False when there is none."""
+        parts, index = self._parts, self._taken
+        if index == self._max_blocks:
+            return False
+        with timer.stage("audio"):
+            states = parts.features.block(index)
+        if states is None or self.closed:
+            return False
+        with timer.stage("denoise"):
+            pose = None if parts.pose is None else parts.pose.block(index)
+            self._finished.extend(parts.latents.push(parts.noise.block(index), states, pose))
+        self._taken += 1
+        return True
 
     def _chunk(self, frames: np.ndarray, index: int, timings: dict[str, float]) -> FrameChunk:
         """Cut the portrait's frames off the first block, and what lies past the audio off the last."""

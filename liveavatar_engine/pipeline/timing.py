@@ -10,22 +10,25 @@ import torch
 
 
 class StageTimer:
-    """Measures stages on the device's own clock; read the result once the device has finished them."""
+    """Measures stages on the device's own clock; read the result once the device has finished them.
+
+    What a stage takes in several turns is added up.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._spans: dict[str, tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = {}
+        self._spans: dict[str, list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]]] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measure what the `with` body puts on the device (GPU) or does (CPU)."""
         start = self._mark()
         yield
-        self._spans[name] = (start, self._mark())
+        self._spans.setdefault(name, []).append((start, self._mark()))
 
     def seconds(self) -> dict[str, float]:
         """Seconds by stage."""
-        return {name: _between(start, end) for name, (start, end) in self._spans.items()}
+        return {name: sum(_between(*span) for span in spans) for name, spans in self._spans.items()}
 
     def _mark(self) -> float | torch.cuda.Event:
         if not self._on_gpu:

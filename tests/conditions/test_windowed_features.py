@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import CPU, relative_error, speech
+from tape import Tapes
 
 from liveavatar_engine.conditions.audio_encoder import AudioEncoder, features_30hz, pick_columns, state_moments
 from liveavatar_engine.conditions.audio_features import (
@@ -15,12 +16,15 @@ from liveavatar_engine.conditions.audio_features import (
     GlobalFeatures,
     WindowedFeatures,
     column_count,
+    window_samples,
 )
+from liveavatar_engine.conditions.audio_window import AudioWindow
 from liveavatar_engine.conditions.speech import LiveSpeech, RecordedSpeech
 from liveavatar_engine.errors import InputError, SessionError
 from liveavatar_engine.weights.layout import Checkpoint
 
 PER_BLOCK = 12
+WINDOW = window_samples(PER_BLOCK)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,21 @@ def _blocks(features) -> list[torch.Tensor]:
 def _recorded(encoder: AudioEncoder, samples: np.ndarray, chunk: int) -> list[torch.Tensor]:
     chunks = iter([samples[start : start + chunk] for start in range(0, len(samples), chunk)])
     return _blocks(WindowedFeatures(encoder, RecordedSpeech(chunks), PER_BLOCK))
+
+
+@pytest.mark.parametrize("seconds", [8.0, 5.44, 7.2], ids=str)
+def test_a_recorded_window_gives_the_same_bits(seconds: float, encoder: AudioEncoder) -> None:
+    audio = speech(9)[: round(seconds * 16_000)]
+    recorder = Tapes()
+    window = AudioWindow(encoder, WINDOW, PER_BLOCK, recorder)
+    features = WindowedFeatures(encoder, RecordedSpeech(iter([audio])), PER_BLOCK, window)
+    plain = _recorded(encoder, audio, 5000)
+    replayed = _blocks(features)
+    assert len(replayed) == len(plain)
+    assert all(torch.equal(one, other) for one, other in zip(replayed, plain, strict=True))
+    assert recorder.replayed == sum(
+        block * 7680 >= LEFT_CONTEXT and (block + 1) * 7680 + LOOK_AHEAD <= len(audio) for block in range(len(plain))
+    )
 
 
 @pytest.mark.parametrize("samples", [1, 399, 7680, 7681, 16_000, 90_000, 103_123], ids=lambda n: f"{n} samples")

@@ -30,8 +30,10 @@ BAD = {
     "kv_precision wider": ({"precision": "fp8", "kv_precision": "fp32"}, "must be auto, bf16 or fp8, not 'fp32'"),
     "kv_precision narrower": ({"precision": "fp32", "kv_precision": "bf16"}, "must be auto, fp32 or fp8, not 'bf16'"),
     "fp8_skip as text": ({"fp8_skip": "ffn"}, "fp8_skip must be a list of names, not 'ffn'"),
+    "kv_mode": ({"kv_mode": "dirty"}, "kv_mode must be one of"),
+    "diagonal with a clean ring": ({"schedule": "diagonal", "kv_mode": "clean"}, "needs kv_mode 'timestep'"),
+    "diagonal for two": ({"schedule": "diagonal", "max_sessions": 2}, "max_sessions must be 1, not 2"),
     "several devices not built yet": ({"devices": ["cuda:0", "cuda:1"]}, "not available"),
-    "diagonal not built yet": ({"schedule": "diagonal"}, "not available"),
 }
 
 

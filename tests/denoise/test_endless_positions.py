@@ -10,12 +10,14 @@ from liveavatar_kernels.e4m3 import E4M3, padded_to_tile
 from support import CPU, relative_error
 
 from liveavatar_engine.config import StreamGeometry
-from liveavatar_engine.denoise.caches import CacheArena
+from liveavatar_engine.denoise.caches import CacheLayout
+from liveavatar_engine.denoise.executor import Denoiser, StepExecutor
 from liveavatar_engine.denoise.noise import BlockNoise
-from liveavatar_engine.denoise.positions import StreamPositions
+from liveavatar_engine.denoise.positions import Place, Scene, StepPositions
 from liveavatar_engine.denoise.schedule import flow_match_schedule
-from liveavatar_engine.denoise.stream import Denoiser, LatentStream, SinkPolicy
+from liveavatar_engine.denoise.stream import Conditions, LatentStream, SinkPolicy
 from liveavatar_engine.model import Network
+from liveavatar_engine.model.attention import RingView
 from liveavatar_engine.model.rope import AxisFrequencies
 
 
@@ -25,21 +27,14 @@ def _latents(network: Network, first_frame: int, blocks: int) -> list[torch.Tens
     generator = torch.Generator().manual_seed(7)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(network.dtype)  # noqa: E731
     noise = BlockNoise(geometry, 5)
-    caches = CacheArena(geometry, 4, 1, network.dtype, CPU).caches(0)
     channels, _, height, width = geometry.block_shape
-    with torch.inference_mode():
-        stream = LatentStream(
-            Denoiser(network, flow_match_schedule(4)),
-            geometry,
-            caches,
-            text=network.text_keys(draw(5, network.config.text_dim)),
-            reference=draw(channels, 1, height, width),
-            motion=draw(channels, 19, height, width),
-            policy=SinkPolicy("random", 2, seed=3),
-            first_frame=first_frame,
-        )
-        states = draw(1, network.config.audio_layers, network.config.audio_dim, 12)
-        return [stream.next_block(noise.block(index).to(network.dtype), states) for index in range(blocks)]
+    conditions = Conditions(
+        draw(5, network.config.text_dim), draw(channels, 1, height, width), draw(channels, 19, height, width)
+    )
+    executor = StepExecutor(Denoiser(network, flow_match_schedule(4)), geometry)
+    stream = LatentStream(executor, 0, conditions, SinkPolicy("random", 2, seed=3), first_frame=first_frame)
+    states = draw(1, network.config.audio_layers, network.config.audio_dim, 12)
+    return [stream.next_block(noise.block(index), states) for index in range(blocks)]
 
 
 @pytest.mark.parametrize("first_frame", [0, 44_998, 1_000_000, 10**12], ids=lambda n: f"from {n}")
@@ -62,17 +57,27 @@ def test_angles_of_a_late_block_are_exact() -> None:
     assert abs(float(angle.cos()) - np.cos(np.longdouble(123_456_789))) < 1e-8
 
 
-def _positions(geometry: StreamGeometry, network: Network, dtype: torch.dtype = torch.float32) -> StreamPositions:
-    return StreamPositions(geometry, CacheArena(geometry, 1, 2, dtype, CPU).caches(1), 1, CPU)
+class _Positions:
+    """A stream's places with one step, in slot 1."""
+
+    def __init__(self, geometry: StreamGeometry, dtype: torch.dtype = torch.float32) -> None:
+        self._geometry = geometry
+        self._positions = StepPositions(geometry, CacheLayout.of(geometry, dtype == E4M3), 1, CPU, torch.float32)
+
+    def view(self, block: int, distance: int = 10) -> RingView:
+        place = Place(1, block, block * self._geometry.frames_per_block, distance, Scene(2, 3, 5, 7))
+        self._positions.write([place], torch.zeros(self._geometry.block_shape))
+        (view,) = self._positions.view(slice(0, 1)).rings
+        return view
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, E4M3], ids=str)
 def test_the_ring_is_written_in_order_and_wraps(dtype: torch.dtype, network: Network) -> None:
     geometry = StreamGeometry(network.config, 64, 64)
-    positions = _positions(geometry, network, dtype)
+    positions = _Positions(geometry, dtype)
     places, windows = [], []
     for block in range(9):
-        view = positions.block_views(block, [10])[0]
+        view = positions.view(block)
         places.append(view.at.tolist())
         windows.append(view.window.segments[0].tolist())
     tokens = padded_to_tile(geometry.tokens_per_block) if dtype == E4M3 else geometry.tokens_per_block
@@ -88,17 +93,17 @@ def test_the_ring_is_written_in_order_and_wraps(dtype: torch.dtype, network: Net
     ("block", "distance", "shift"), [(0, 4, 0), (0, 30, 0), (9, 4, 1), (10, 30, 30), (100, 17, 287)]
 )
 def test_the_reference_rolls_along_but_never_back(block: int, distance: int, shift: int, network: Network) -> None:
-    view = _positions(StreamGeometry(network.config, 64, 64), network).block_views(block, [distance])[0]
+    view = _Positions(StreamGeometry(network.config, 64, 64)).view(block, distance)
     expected = AxisFrequencies.of(network.config.head_dim).time_angles([shift])[0]
     assert torch.allclose(view.window.shift, torch.stack((expected.cos(), expected.sin())).float())
 
 
 def test_block_angles_are_rewritten_in_place(network: Network) -> None:
     geometry = StreamGeometry(network.config, 64, 80)
-    positions = _positions(geometry, network)
+    positions = _Positions(geometry)
     frequencies = AxisFrequencies.of(network.config.head_dim)
-    storage = positions.block_views(0, [10])[0].angles.time.data_ptr()
-    view = positions.block_views(7, [10])[0]
+    storage = positions.view(0).angles.time.data_ptr()
+    view = positions.view(7)
     angles = frequencies.angles(range(21, 24), range(geometry.grid_rows), range(geometry.grid_columns))
     cos, sin = view.angles.table()
     assert view.angles.time.data_ptr() == storage

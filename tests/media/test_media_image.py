@@ -6,8 +6,9 @@ import pytest
 from media_samples import noise, write_sound
 from PIL import Image
 
+from liveavatar_engine.config.fit import fit_to_area
 from liveavatar_engine.errors import InputError
-from liveavatar_engine.media import fit_to_area, load_image, load_mask, resize_and_crop
+from liveavatar_engine.media import load_image, load_mask, resize_and_crop
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -3,13 +3,12 @@
 import interpreter  # noqa: F401
 import pytest
 import torch
+from golden_stream import GoldenStream
 from liveavatar_kernels.e4m3 import E4M3
 from support import CPU, GoldenCase, golden_cases, relative_error, sqnr
-from test_parity_dit import GoldenStream
 
 from liveavatar_engine.config.engine import REFERENCE_FP8_SKIP
 from liveavatar_engine.model import Network
-from liveavatar_engine.model.quantize import quantize_linears
 from liveavatar_engine.weights.network import load_network
 
 SMALLEST = min(golden_cases("dit"), key=lambda case: case.values[0]["noise"].numel()).values[0]
@@ -20,9 +19,7 @@ FP8_CACHE_SQNR = 47.0
 
 
 def _fp8_network(checkpoint) -> Network:
-    network = load_network(checkpoint, None, torch.bfloat16, CPU)
-    quantize_linears(network, REFERENCE_FP8_SKIP)
-    return network
+    return load_network(checkpoint, None, torch.bfloat16, CPU, fp8_skip=REFERENCE_FP8_SKIP)
 
 
 @pytest.mark.slow

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from support import CPU, GoldenCase, golden_cases, relative_error
+from support import GoldenCase, golden_cases, relative_error
 from torch import Tensor
 
 from liveavatar_engine.conditions.still import still_conditions
 from liveavatar_engine.config import StreamGeometry
-from liveavatar_engine.denoise.caches import CacheArena
+from liveavatar_engine.denoise.executor import Denoiser, StepExecutor
 from liveavatar_engine.denoise.noise import BlockNoise
 from liveavatar_engine.denoise.schedule import flow_match_schedule
-from liveavatar_engine.denoise.stream import Denoiser, LatentStream, SinkPolicy
+from liveavatar_engine.denoise.stream import Conditions, LatentStream, SinkPolicy
 from liveavatar_engine.pipeline.session import Session, SessionParts
 
 
@@ -58,22 +58,20 @@ def test_image_to_frames(case: GoldenCase, golden_network, golden_vae) -> None:
 
     denoiser = Denoiser(golden_network, flow_match_schedule(parameters["steps"], parameters["shift"]))
     latents = LatentStream(
-        denoiser,
-        geometry,
-        CacheArena(geometry, parameters["steps"], 1, torch.float32, CPU).caches(0),
-        text=golden_network.text_keys(case["context"]),
-        reference=still.reference,
-        motion=still.motion,
-        policy=SinkPolicy(parameters["relative_dist"], parameters.get("sink_update_after"), parameters["seed"]),
+        StepExecutor(denoiser, geometry),
+        0,
+        Conditions(case["context"], still.reference, still.motion),
+        SinkPolicy(parameters["relative_dist"], parameters.get("sink_update_after"), parameters["seed"]),
     )
     produced = []
-    original = latents.next_block
-    latents.next_block = lambda *arguments: produced.append(original(*arguments)) or produced[-1]
+    original = latents.push
+    latents.push = lambda *arguments: produced.extend(finished := original(*arguments)) or finished
     decoder = FloatDecoder(golden_vae.decoder_stream())
     decoder.decode(still.priming)
     decoder.frames.clear()
     features = GoldenColumns(case["audio_input"], geometry.columns_per_block)
-    session = Session(SessionParts(geometry, features, noise, latents, decoder, None, []), release=lambda: None)
+    parts = SessionParts(geometry, features, noise, latents, decoder, None, [], encode_prompt=lambda _: case["context"])
+    session = Session(parts, release=lambda: None)
     chunks = list(session)
 
     for block, expected in enumerate(case["latents"]):

@@ -210,14 +210,15 @@ def test_a_slot_is_given_back_after_the_block_that_is_being_made(engine: Engine,
     """Otherwise the next session would share its rings with a block that is still being written."""
     started, go_on = threading.Event(), threading.Event()
     session = engine.generate(face, speech(1.0))
-    denoise = session._denoise
+    latents = session._parts.latents
+    push = latents.push
 
     def slow(*arguments):
         started.set()
         assert go_on.wait(timeout=20)
-        return denoise(*arguments)
+        return push(*arguments)
 
-    monkeypatch.setattr(session, "_denoise", slow)
+    monkeypatch.setattr(latents, "push", slow)
     chunks: list[FrameChunk] = []
     thread = threading.Thread(target=lambda: chunks.extend(session))
     thread.start()
@@ -269,7 +270,7 @@ def test_slots_are_given_back_and_refused_when_none_is_left(engine: Engine, face
 
 
 def test_a_failed_opening_gives_its_slot_back(engine: Engine, face: np.ndarray, monkeypatch) -> None:
-    monkeypatch.setattr(engine._network, "prefill_sink", lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+    monkeypatch.setattr(engine._network, "text_keys", lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
     for _ in range(3):
         with pytest.raises(RuntimeError, match="boom"):
             engine.open_session(face)
@@ -290,10 +291,10 @@ def test_sizes_change_between_sessions_but_do_not_mix(checkpoint: Path, face: np
 
 def test_opening_sessions_allocates_no_new_caches(engine: Engine, face: np.ndarray) -> None:
     engine.open_session(face).close()
-    arena = engine._arena
+    executor = engine.executor
     for _ in range(5):
         list(engine.generate(face, speech(0.5)))
-    assert engine._arena is arena
+    assert engine.executor is executor
 
 
 def test_memory_stays_flat_over_a_long_stream(checkpoint: Path) -> None:
