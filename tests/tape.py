@@ -56,3 +56,6 @@ class Tapes:
 
     def stream(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def hand_out(self, tensor: Tensor) -> Tensor:
+        return tensor

@@ -91,6 +91,19 @@ def add_parser(commands: Any) -> None:
         metavar="N|never",
         help="blocks after which the first generated frame becomes the reference (default 4; the paper: 1)",
     )
+    engine.add_argument(
+        "--schedule",
+        choices=("sequential", "diagonal"),
+        default="sequential",
+        help="diagonal: more frames per second, each block later (default sequential)",
+    )
+    engine.add_argument(
+        "--kv-mode",
+        choices=("timestep", "clean"),
+        default="timestep",
+        help="a ring per denoise step, or one of clean keys at the price of one more evaluation (default timestep)",
+    )
+    engine.add_argument("--no-graphs", action="store_true", help="don't capture CUDA graphs")
     engine.add_argument("--no-motion-tokens", action="store_true", help="leave the packed motion tokens out")
     engine.add_argument(
         "--watermark", metavar="MODULE:FUNCTION", help="function(frames, first_index) -> frames, applied before writing"
@@ -203,6 +216,9 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
         sink_distance=_integer_or("random", arguments.sink_distance, "--sink-distance"),
         sink_update_after=_update_after(arguments.sink_update_after),
         motion_tokens=not arguments.no_motion_tokens,
+        graphs=not arguments.no_graphs,
+        schedule=arguments.schedule,
+        kv_mode=arguments.kv_mode,
     )
 
 

@@ -65,7 +65,7 @@ class AudioWindow:
                 host[name].copy_(torch.from_numpy(values))
             self._struct.send()
             self._replay()
-            return self._columns.clone()
+            return self._recorder.hand_out(self._columns.clone())
 
     def _work(self) -> None:
         states = self._encoder.encode(self._struct["speech"])

@@ -147,7 +147,7 @@ class StepExecutor:
 
     def finished(self) -> Tensor:
         """Latents that the last step has left: float32 [channels, frames, latent_height, latent_width]."""
-        return self._latents[-1].clone()
+        return self._recorder.hand_out(self._latents[-1].clone())
 
     def _ranges(self) -> list[tuple[int, int]]:
         """First and last steps of the calls that are recorded."""

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 Work = Callable[[], None]
 """Reads and writes tensors that always are the same, and decides nothing on the host."""
@@ -16,11 +17,15 @@ class Recorder(Protocol):
     """Turns work into something that does it again, with whatever its tensors hold by then."""
 
     def record(self, work: Work) -> Work:
-        """Do the work once, and return what repeats it."""
+        """Return what does the work again and again; it may be done while it is recorded."""
         ...
 
     def stream(self) -> AbstractContextManager[None]:
         """Where work is recorded and replayed, after all that was enqueued before, and before all that follows."""
+        ...
+
+    def hand_out(self, tensor: Tensor) -> Tensor:
+        """A tensor made inside `stream`, for use after it."""
         ...
 
 
@@ -33,6 +38,9 @@ class PlainCalls:
     def stream(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def hand_out(self, tensor: Tensor) -> Tensor:
+        return tensor
+
 
 class CudaGraphs:
     """Captures work; all graphs share one stream and one memory pool, so they must not run at the same time."""
@@ -40,6 +48,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._callers = torch.cuda.current_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Work) -> Work:
@@ -53,11 +62,18 @@ class CudaGraphs:
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        callers = torch.cuda.current_stream(self._device)
+        self._callers = callers = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(callers)
-        with torch.cuda.stream(self._stream):
-            yield
-        callers.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            callers.wait_stream(self._stream)
+
+    def hand_out(self, tensor: Tensor) -> Tensor:
+        """Keeps the allocator from giving its memory to this stream's work while the callers' still reads it."""
+        tensor.record_stream(self._callers)
+        return tensor
 
 
 def recorder(device: torch.device, graphs: bool) -> Recorder:

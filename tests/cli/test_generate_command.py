@@ -53,6 +53,12 @@ def test_writes_a_video_as_long_as_its_sound(checkpoint, image, audio, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["face.mp4", "face.png", "speech.wav"]
 
 
+@pytest.mark.parametrize("more", [("--schedule", "diagonal", "--no-graphs"), ("--kv-mode", "clean")], ids=" ".join)
+def test_other_schedules_write_as_many_frames(more: tuple[str, ...], checkpoint, image, audio, tmp_path: Path) -> None:
+    assert main(_arguments(checkpoint, image, audio, tmp_path / "face.mp4", *more)) == 0
+    assert len(_decoded(tmp_path / "face.mp4")[0]) == 38
+
+
 def test_same_seed_same_file_content(checkpoint, image, audio, tmp_path: Path) -> None:
     for name in ("a.mp4", "b.mp4"):
         assert main(_arguments(checkpoint, image, audio, tmp_path / name, "--max-blocks", "2")) == 0
