@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from support import CPU
 from torch import Tensor
 
 from liveavatar_engine.config import StreamGeometry
@@ -42,15 +41,13 @@ class Streams:
     def context(self, seed: int) -> Tensor:
         return self.draw(seed, 3 + seed % 5, self.network.config.text_dim)
 
-    def push(
-        self, stream: LatentStream, seed: int = 0, actors: int = 1, pose: bool = False, on: torch.device = CPU
-    ) -> list[Tensor]:
-        """The stream's next block; its audio states come from the device `on`."""
+    def push(self, stream: LatentStream, seed: int = 0, actors: int = 1, pose: bool = False) -> list[Tensor]:
+        """The stream's next block."""
         config, index = self.network.config, stream.block
         shape = self.geometry.block_shape
         states = self.draw(1000 * seed + index, actors, config.audio_layers, config.audio_dim, 12)
         latents = self.draw(2000 * seed + index, config.cond_dim, *shape[1:]) if pose else None
-        return stream.push(self.draw(3000 * seed + index, *shape), states.to(on), latents)
+        return stream.push(self.draw(3000 * seed + index, *shape), states, latents)
 
     def run(self, blocks: int, seed: int = 0, actors: int = 1, **opening) -> list[Tensor]:
         stream = self.open(seed=seed, actors=actors, **opening)

@@ -3,8 +3,13 @@
 import pytest
 import torch
 from streams import STEPS, Streams
+from support import speech
 
-from liveavatar_engine.runtime.graphs import CudaGraphs
+from liveavatar_engine.conditions.audio_encoder import AudioEncoder
+from liveavatar_engine.conditions.audio_features import window_samples
+from liveavatar_engine.conditions.audio_window import AudioWindow, column_moments
+from liveavatar_engine.runtime.graphs import CudaGraphs, PlainCalls
+from liveavatar_engine.weights.layout import Checkpoint
 from liveavatar_engine.weights.network import load_network
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -29,16 +34,21 @@ class Counted(CudaGraphs):
 @pytest.mark.parametrize("diagonal", [False, True], ids=["sequential", "diagonal"])
 def test_no_host_sync_in_a_block(diagonal: bool, network) -> None:
     streams = Streams(network, diagonal=diagonal)
-    stream = streams.open(update_after=3)
+    stream = streams.open(update_after=STEPS + 3)
     streams.push(stream)
-    streams.push(stream)  # the first block is checked for NaN, with a sync
+    for _ in range(STEPS + 1):  # the first block is checked for NaN, with a sync
+        streams.push(stream)
+    config = network.config
+    states = torch.randn(1, config.audio_layers, config.audio_dim, 12, device=GPU)
+    noise = streams.draw(1, *streams.geometry.block_shape)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(5):
-            streams.push(stream, on=GPU)
+            stream.push(noise, states)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert stream.scene.sink == 1, "the sink has changed meanwhile"
 
 
 def test_sessions_prompts_and_sinks_neither_allocate_nor_capture(network) -> None:
@@ -67,3 +77,13 @@ def test_company_changes_no_bit(network) -> None:
         for index in range(2):
             (latents,) = streams.push(pair[index], index)
             assert torch.equal(latents, alone[index][block]), f"session {index} block {block}"
+
+
+def test_a_captured_window_of_speech_gives_the_bits_of_plain_calls(checkpoint) -> None:
+    encoder = AudioEncoder.load(Checkpoint(checkpoint).audio_encoder, GPU)
+    samples = window_samples(12)
+    captured, plain = (AudioWindow(encoder, samples, 12, recorder) for recorder in (CudaGraphs(GPU), PlainCalls()))
+    for block in range(3):
+        audio = speech(8, seed=block)[:samples]
+        moments = column_moments(12 * block, 12, 0, 270)
+        assert torch.equal(captured.columns(audio, moments), plain.columns(audio, moments)), f"block {block}"
