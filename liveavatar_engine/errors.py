@@ -27,3 +27,7 @@ class ModelError(LiveAvatarError):
 
 class SessionError(LiveAvatarError):
     """A session was used in a way its state does not allow."""
+
+
+class DeviceMemoryError(LiveAvatarError):
+    """A device, or the host, has too little memory free for what is asked of it."""

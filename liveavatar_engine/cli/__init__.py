@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import LiveAvatarError
-from . import generate, inspect, make_checkpoint
+from . import convert, generate, inspect, make_checkpoint
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -17,6 +17,7 @@ EXIT_INTERRUPTED = 130
 _EXAMPLES = """examples:
   liveavatar-engine make-checkpoint --preset tiny build/tiny
   liveavatar-engine inspect build/tiny
+  liveavatar-engine convert build/tiny build/tiny-fp8
   liveavatar-engine generate --checkpoint build/tiny --image a.jpg --audio a.wav --out a.mp4
 """
 
@@ -32,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what the engine does")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (generate, make_checkpoint, inspect):
+    for command in (generate, make_checkpoint, convert, inspect):
         command.add_parser(commands)
     return parser
 

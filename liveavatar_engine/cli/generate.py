@@ -18,7 +18,7 @@ from ..config import EngineConfig
 from ..config.engine import DEFAULT_SEED, PRECISIONS
 from ..config.geometry import FRAMES_PER_SECOND
 from ..errors import ConfigError, InputError
-from .settings import FP8_SKIP_HELP, fp8_skip
+from .settings import FP8_SKIP_HELP, OFFLOAD_HELP, fp8_skip, offload
 
 if TYPE_CHECKING:
     from ..pipeline.engine import Engine
@@ -76,6 +76,7 @@ def add_parser(commands: Any) -> None:
     )
     engine.add_argument("--fp8-skip", metavar="NAME[,NAME...]", help=FP8_SKIP_HELP)
     engine.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default auto)")
+    engine.add_argument("--offload", metavar="PART[,PART...]", help=OFFLOAD_HELP)
     engine.add_argument(
         "--features", choices=("global", "windowed"), default="global", help="how audio is encoded (default global)"
     )
@@ -219,6 +220,7 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
         graphs=not arguments.no_graphs,
         schedule=arguments.schedule,
         kv_mode=arguments.kv_mode,
+        offload=offload(arguments.offload),
     )
 
 

@@ -13,10 +13,10 @@ from rich.table import Table
 
 from ..config import EngineConfig
 from ..config.engine import PRECISIONS
-from ..errors import InputError
+from ..errors import CheckpointError, InputError
 from .inspect_kernels import show_kernels
 from .inspect_precision import show_precision
-from .settings import FP8_SKIP_HELP, fp8_skip
+from .settings import FP8_SKIP_HELP, OFFLOAD_HELP, fp8_skip, offload
 
 if TYPE_CHECKING:
     from ..weights.report import CheckpointReport, PartReport
@@ -57,14 +57,20 @@ def add_parser(commands: Any) -> None:
         "--precision",
         nargs="?",
         const=_REPORT,
-        default="bf16",
         metavar="P",
-        help=f"{', '.join(_PRECISIONS)} (default %(default)s); without a value: report each layer's loss in FP8",
+        help=f"{', '.join(_PRECISIONS)} (default: what the checkpoint was converted to, else bf16); without a value: "
+        "report each layer's loss in FP8",
     )
     parser.add_argument("--kv-precision", choices=_PRECISIONS, default="auto", help="of ring and sink (default auto)")
     parser.add_argument("--fp8-skip", metavar="NAME[,NAME...]", help=FP8_SKIP_HELP)
     parser.add_argument("--steps", type=int, default=EngineConfig.steps, metavar="N", help="denoise steps (default 4)")
     parser.add_argument("--sessions", type=int, default=1, metavar="N", help="open at the same time (default 1)")
+    parser.add_argument(
+        "--device", default="auto", metavar="D", help="cuda or cpu; a GPU need not be there (default: a GPU)"
+    )
+    parser.add_argument("--schedule", choices=("sequential", "diagonal"), default="sequential", help="of the steps")
+    parser.add_argument("--kv-mode", choices=("timestep", "clean"), default="timestep", help="of the rings")
+    parser.add_argument("--offload", metavar="PART[,PART...]", help=OFFLOAD_HELP)
     report = parser.add_argument_group("for the report of --precision")
     report.add_argument("--lora", type=Path, metavar="FILE", help="LoRA adapter to merge (safetensors)")
     report.add_argument("--image", type=Path, metavar="F", help="portrait (default: a synthetic one)")
@@ -80,18 +86,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.kernels:
         show_kernels(console)
         return 0
-    if arguments.folder is None and Path(arguments.precision).is_dir():
+    if arguments.folder is None and arguments.precision is not None and Path(arguments.precision).is_dir():
         arguments.folder, arguments.precision = Path(arguments.precision), _REPORT  # inspect --precision DIR
     if arguments.folder is None:
         raise InputError("inspect: name a checkpoint's folder, or ask for --kernels")
     reports = arguments.precision == _REPORT
     config = EngineConfig(
         size=arguments.size,
-        precision="auto" if reports else arguments.precision,
+        precision="auto" if reports else arguments.precision or _precision_of(arguments.folder),
         kv_precision=arguments.kv_precision,
         fp8_skip=fp8_skip(arguments.fp8_skip),
         steps=arguments.steps,
         max_sessions=arguments.sessions,
+        devices=arguments.device,
+        schedule=arguments.schedule,
+        kv_mode=arguments.kv_mode,
+        offload=offload(arguments.offload),
     )
     if reports:
         show_precision(arguments, config, console)
@@ -102,11 +112,25 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(_parts_table(report))
     for line in _problems(report):
         console.print(line, markup=False, style="red", soft_wrap=True)
+    if report.conversion is not None:
+        console.print(str(report.conversion), markup=False, soft_wrap=True)
     if report.memory is not None and report.geometry is not None:
         console.print(_model_line(report), markup=False, soft_wrap=True)
         console.print(_memory_table(report))
+        console.print(_room_line(report), soft_wrap=True)
     console.print("ready to use" if report.ok else "an engine cannot load this checkpoint", style="bold")
     return 0 if report.ok else EXIT_UNUSABLE
+
+
+def _precision_of(folder: Path) -> str:
+    """What a checkpoint was converted to, else bf16; what is wrong with it stands in the report."""
+    from ..weights.conversion import Conversion
+
+    try:
+        conversion = Conversion.of(folder)
+    except CheckpointError:
+        return "bf16"
+    return "bf16" if conversion is None else conversion.precision
 
 
 def _parts_table(report: CheckpointReport) -> Table:
@@ -164,10 +188,26 @@ def _model_line(report: CheckpointReport) -> str:
 def _memory_table(report: CheckpointReport) -> Table:
     memory = report.memory
     assert memory is not None
-    table = Table(title="memory on one device", title_justify="left", show_footer=True)
+    kind = "the CPU" if report.device.type == "cpu" else "one GPU"
+    table = Table(title=f"memory on {kind}", title_justify="left", show_footer=True)
     table.add_column("what", footer="total")
     table.add_column("bytes", justify="right", footer=decimal(memory.total))
     table.add_column("")
     for row in memory.rows:
         table.add_row(row.name, decimal(row.bytes), row.note)
     return table
+
+
+def _room_line(report: CheckpointReport) -> str:
+    """Whether it fits, where the device is there."""
+    import torch
+
+    from ..weights.budget import free_memory
+
+    assert report.memory is not None
+    if report.device.type == "cuda" and torch.cuda.device_count() <= (report.device.index or 0):
+        return "this machine has no such GPU to compare with"
+    free = free_memory(report.device)
+    if free is None:
+        return "this machine does not tell how much memory is free"
+    return f"free on this machine: {decimal(free)}, {'enough' if report.memory.total <= free else 'too little'}"

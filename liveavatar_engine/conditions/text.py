@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import logging
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from ..errors import CheckpointError
+from ..weights.offload import Fetcher, LayerVisits
 from ..weights.tensors import assign, check_names_and_shapes, read_pickle
 
 _log = logging.getLogger(__name__)
@@ -41,17 +43,36 @@ def clean_prompt(prompt: str) -> str:
 class TextEncoder:
     """Tokenizer and UMT5 encoder of a checkpoint."""
 
-    def __init__(self, encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._encoder, self._tokenizer = encoder, tokenizer
+    def __init__(
+        self,
+        encoder: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        fetcher: Fetcher | None = None,
+    ) -> None:
+        """Take an encoder on `device`; or, with a fetcher, one in host memory whose layers visit the device."""
+        self._encoder, self._tokenizer, self._device = encoder, tokenizer, device
+        self._visits: AbstractContextManager[None] = nullcontext()
+        if fetcher is not None:
+            self._visits = LayerVisits(list(encoder.encoder.block), fetcher)
+            encoder.encoder.final_layer_norm.to(device)
 
     @classmethod
-    def load(cls, weights: Path, tokenizer: Path, dtype: torch.dtype, device: torch.device) -> TextEncoder:
-        """Load Wan's `.pth` and the tokenizer folder beside it.
+    def load(
+        cls,
+        weights: Path,
+        tokenizer: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        fetcher: Fetcher | None = None,
+    ) -> TextEncoder:
+        """Load Wan's `.pth` and the tokenizer folder beside it; with a fetcher, weights stay in host memory.
 
         Raises:
             CheckpointError: a file is missing, damaged or not of a UMT5 encoder.
         """
-        return cls(_load_encoder(weights, dtype, device), load_tokenizer(tokenizer))
+        encoder = _load_encoder(weights, dtype, device if fetcher is None else torch.device("cpu"))
+        return cls(encoder, load_tokenizer(tokenizer), device, fetcher)
 
     def tokenize(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
         """Token ids and mask, int64 [prompts, length] each: cut to `length` with the end token kept, padded with 0."""
@@ -68,8 +89,10 @@ class TextEncoder:
     @torch.inference_mode()
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Context of one prompt's tokens: int64 [length] ids and mask -> [valid_tokens, text_dim]."""
-        device = self._encoder.device
-        states = self._encoder(input_ids=ids[None].to(device), attention_mask=mask[None].to(device)).last_hidden_state
+        table = self._encoder.shared
+        with self._visits:
+            embedded = table(ids[None].to(table.weight.device)).to(self._device)
+            states = self._encoder(inputs_embeds=embedded, attention_mask=mask[None].to(self._device)).last_hidden_state
         return states[0, : int(mask.sum())]
 
     def context(self, prompt: str, length: int) -> Tensor:

@@ -22,6 +22,8 @@ REFERENCE_FP8_SKIP = (
     "casual_audio_encoder.encoder.final_linear",
 )
 """Parts of the names of linear layers that the reference keeps out of FP8."""
+OFFLOADABLE = ("text_encoder", "vae")
+"""Parts whose weights can stay in host memory."""
 _NOT_YET = "is not available in this version"
 
 
@@ -53,6 +55,9 @@ class EngineConfig:
             share one ring, whose keys and values come from one more evaluation of the finished latents.
         sequence_parallel: GPUs that share one timestep.
         max_sessions: sessions that can be open at the same time.
+        offload: parts whose weights stay in host memory and visit the GPU only while they are used: "text_encoder",
+            layer by layer, when a session opens; "vae", for every block. The results are the same. On a CPU it means
+            nothing.
     """
 
     size: str = "704*384"
@@ -70,6 +75,7 @@ class EngineConfig:
     kv_mode: str = "timestep"
     sequence_parallel: int = 1
     max_sessions: int = 1
+    offload: tuple[str, ...] = ("text_encoder",)
 
     def __post_init__(self) -> None:
         Size.parse(self.size)
@@ -97,6 +103,9 @@ class EngineConfig:
                 )
         object.__setattr__(self, "fp8_skip", _names("fp8_skip", self.fp8_skip))
         object.__setattr__(self, "devices", _device_names(self.devices))
+        object.__setattr__(self, "offload", _names("offload", self.offload))
+        if set(self.offload) - set(OFFLOADABLE) or len(set(self.offload)) < len(self.offload):
+            raise ConfigError(f"offload: expected some of {', '.join(OFFLOADABLE)}, not {', '.join(self.offload)}")
         self._check_schedule()
         self._refuse_what_is_not_built()
 

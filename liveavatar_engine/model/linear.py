@@ -17,28 +17,40 @@ Activation = Tensor | Quantized
 class Fp8Linear(nn.Module):
     """act(x W^T + b) with W and x in e4m3; bias and result in the model's dtype.
 
+    Made empty, to be filled by `quantize` or by copying what has been quantised before.
+
     Attributes:
+        dtype: of the result.
         weight: e4m3 [out, in].
         weight_scale: float32 [out].
-        bias: [out] or None.
+        bias: [out] in `dtype`, or None.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Quantise a weight [out, in] row by row."""
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
         super().__init__()
-        values, scale = quantize_rows(weight)
-        self.dtype = weight.dtype
-        self.weight = nn.Parameter(values, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.dtype = dtype
+
+        def empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.weight = empty(out_features, in_features, dtype=E4M3)
+        self.weight_scale = empty(out_features, dtype=torch.float32)
+        self.bias = empty(out_features, dtype=dtype) if bias else None
 
     @classmethod
     def of(cls, *linears: nn.Linear) -> Self:
-        """One layer that computes several of the same input, their outputs side by side."""
-        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-        assert len(biases) in (0, len(linears))
-        weights: list[Tensor] = [linear.weight for linear in linears]
-        return cls(torch.cat(weights), torch.cat(biases) if biases else None)
+        """An empty layer in place of several with the same input, on their device: their outputs side by side."""
+        first, outputs = linears[0], sum(linear.out_features for linear in linears)
+        assert len({linear.bias is None for linear in linears}) == 1
+        return cls(first.in_features, outputs, first.bias is not None, first.weight.dtype, first.weight.device)
+
+    def quantize(self, first_row: int, weight: Tensor) -> None:
+        """Fill rows of the weight from `first_row` on: [rows, in] in any dtype, each row with a scale of its own."""
+        rows = slice(first_row, first_row + len(weight))
+        values, scale = quantize_rows(weight)
+        self.weight[rows], self.weight_scale[rows] = values, scale
 
     def forward(self, x: Activation) -> Tensor:
         """[..., in] -> [..., out]."""

@@ -33,12 +33,14 @@ from ..denoise.stream import Conditions, SinkPolicy
 from ..errors import CheckpointError, ConfigError, InputError, SessionError
 from ..model import Network
 from ..runtime.graphs import recorder
-from ..vae.vae import Vae, load_vae
+from ..vae.vae import Vae
+from ..weights.budget import require_memory
 from ..weights.conversion import settled
 from ..weights.layout import Checkpoint
 from ..weights.network import LoadProgress, load_network
 from . import inputs
 from .device import graphs_absent, log_kernels, resolve_device, resolve_precision
+from .offload import fetchers, load_offloadable_vae
 from .precision import LayerLoss, measured_losses
 from .session import Session, SessionParts
 
@@ -99,25 +101,28 @@ class Engine:
         config: EngineConfig | None = None,
         progress: LoadProgress | None = None,
     ) -> Self:
-        """Load a checkpoint directory in the reference's layout, merging a LoRA adapter where one is given.
+        """Load a checkpoint directory, original or converted, merging a LoRA adapter where one is given.
 
         `progress` is called with the tensors of the network loaded so far and to be loaded.
 
         Raises:
             CheckpointError: parts are missing or damaged or do not fit together; nothing has been allocated for the
                 network by then.
-            ConfigError: the device or precision asked for is not there, or LIVEAVATAR_KERNELS names no kernels.
+            ConfigError: the device or precision asked for is not there or contradicts a converted checkpoint, or
+                LIVEAVATAR_KERNELS names no kernels.
+            DeviceMemoryError: the device or the host has too little memory free; nothing has been allocated.
         """
         device = resolve_device((config or EngineConfig()).devices)
         log_kernels(device)
         found, adapter = Checkpoint(Path(checkpoint)), Path(lora) if lora is not None else None
         config = settled(config or EngineConfig(), found.root, adapter)
+        require_memory(found, config, device)
         precision = resolve_precision(config, device)
-        dtype = precision.dtype
+        dtype, offload = precision.dtype, fetchers(config, device)
         _log.info("loading %s as %s on %s", found.root, dtype, device)
         audio_encoder = AudioEncoder.load(found.audio_encoder, device)
-        text_encoder = TextEncoder.load(found.text_encoder, found.tokenizer, dtype, device)
-        vae = load_vae(found.vae, dtype, device)
+        text_encoder = TextEncoder.load(found.text_encoder, found.tokenizer, dtype, device, offload.get("text_encoder"))
+        vae = load_offloadable_vae(found.vae, dtype, device, offload.get("vae"))
         network = load_network(found.root, adapter, dtype, device, progress, precision.fp8_skip)
         sizes = (audio_encoder.state_count, audio_encoder.state_dim)
         if sizes != (network.config.audio_layers, network.config.audio_dim):

@@ -7,10 +7,7 @@ import hashlib
 import json
 import logging
 import math
-import os
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,46 +17,21 @@ from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureEx
 
 from ..config import ModelConfig
 from ..config.geometry import SPEECH_RATE
-from ..errors import OutputError
 from ..vae.vae import Vae
 from .layout import AUDIO_ENCODER, CONFIG, NETWORK, TEXT_ENCODER, TOKENIZER, VAE
 from .network import network_shapes
 from .presets import Preset, TextEncoderSizes
 from .tokenizer import write_tokenizer
+from .writing import SMALL_FILES, Progress, TensorFile, Tensors, TensorSpec, network_files, new_folder, write_index
 
 _log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
-"""Called with the file being written and the bytes written and to be written, of the whole checkpoint."""
-
 _CHUNK = 1 << 22
 """Values drawn at a time."""
-_SMALL_FILES = 1 << 21
-"""Bytes set aside for headers, settings and the tokenizer."""
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _UNSTATED = ("text_dim", "patch_size", "window_size", "qk_norm", "cross_attn_norm")
 """Settings that the published `config.json` leaves at their defaults."""
 _LETTERS = ("<pad>", "<s>", "</s>", "<unk>", "|", "'", "-", *"abcdefghijklmnopqrstuvwxyz")
 """What the published speech recogniser spells with."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor to be made."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        return self.count * self.dtype.itemsize
-
-
-Tensors = dict[str, TensorSpec]
 
 
 def create_checkpoint(folder: Path, preset: Preset, *, seed: int = 0, progress: Progress | None = None) -> None:
@@ -79,27 +51,16 @@ def create_checkpoint(folder: Path, preset: Preset, *, seed: int = 0, progress: 
     """
     plan = checkpoint_tensors(preset)
     total = sum(spec.bytes for tensors in plan.values() for spec in tensors.values())
-    target = folder.resolve()
-    try:
-        _check_target(target, total + _SMALL_FILES)
-        part = _hidden_sibling(target)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be created ({error.strerror})") from error
-    try:
+    with new_folder(folder, total + SMALL_FILES) as part:
         _write(part, preset, plan, _Painter(seed, total, progress))
-        part.replace(target)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror or error}); nothing is left of it") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    _log.info("wrote a %s checkpoint of %d bytes to %s", preset.name, total, target)
+    _log.info("wrote a %s checkpoint of %d bytes to %s", preset.name, total, folder)
 
 
 def checkpoint_tensors(preset: Preset) -> dict[str, Tensors]:
     """Name -> tensor of every file with weights: the network's shards, the VAE, the text and the audio encoder."""
     network = {name: TensorSpec(shape, preset.dtype) for name, shape in network_shapes(preset.model).items()}
     return {
-        **_shards(network, preset.shard_bytes),
+        **network_files(network, preset.shard_bytes),
         VAE: _vae_tensors(preset),
         TEXT_ENCODER: _text_tensors(preset.text, preset.model.text_dim),
         f"{AUDIO_ENCODER}/model.safetensors": _audio_tensors(preset),
@@ -115,7 +76,7 @@ class _Painter:
 
     def fill(self, file: BinaryIO, part: str, name: str, spec: TensorSpec) -> None:
         """Write the tensor at the file's position. It depends on the seed, its name and its shape only."""
-        mean, std = _distribution(name, spec.shape)
+        mean, std = distribution(name, spec.shape)
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         for start in range(0, spec.count, _CHUNK):
@@ -126,7 +87,7 @@ class _Painter:
                 self._progress(part, self._written, self._total)
 
 
-def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+def distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """Mean and standard deviation that keep signals near unit variance through the whole model."""
     leaf = name.rpartition(".")[2]
     if name == "casual_audio_encoder.weights":
@@ -142,56 +103,22 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return 0.0, math.prod(shape[1:]) ** -0.5
 
 
-def _check_target(target: Path, needed: int) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        what = "is not empty" if target.is_dir() else "is a file"
-        raise OutputError(f"{target}: {what}; a checkpoint goes to a new or empty folder")
-    if not target.parent.is_dir():
-        raise OutputError(f"{target}: the folder {target.parent} does not exist; create it first")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{target}: no permission to write to {target.parent}")
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise OutputError(f"{target}: needs {needed / 1e9:.3f} GB, the disk has {free / 1e9:.3f} GB free")
-
-
-def _hidden_sibling(target: Path) -> Path:
-    part = target.with_name(f".{target.name}.part")
-    try:
-        part.mkdir()
-    except FileExistsError:
-        raise OutputError(f"{part}: left by a run that was killed, or by one still going on; delete it first") from None
-    return part
-
-
 def _write(folder: Path, preset: Preset, plan: Mapping[str, Tensors], painter: _Painter) -> None:
     (folder / CONFIG).write_text(_config_text(preset.model), encoding="utf-8")
     (folder / TOKENIZER).mkdir(parents=True)
     write_tokenizer(folder / TOKENIZER)
     (folder / AUDIO_ENCODER).mkdir()
     _write_audio_settings(folder / AUDIO_ENCODER, preset)
-    shards = {file: tensors for file, tensors in plan.items() if file.startswith(NETWORK)}
-    if len(shards) > 1:
-        (folder / f"{NETWORK}.safetensors.index.json").write_text(_index_text(shards), encoding="utf-8")
+    write_index(folder, {file: tensors for file, tensors in plan.items() if file.startswith(NETWORK)})
     for file, tensors in plan.items():
         write = _write_pth if file.endswith(".pth") else _write_safetensors
         write(folder / file, file, tensors, painter)
 
 
 def _write_safetensors(path: Path, part: str, tensors: Tensors, painter: _Painter) -> None:
-    """The format is a header with every tensor's place, padded to 8 bytes, and then the tensors."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, spec in tensors.items():
-        start, end = end, end + spec.bytes
-        dtype = _SAFETENSORS_NAMES[spec.dtype]
-        header[name] = {"dtype": dtype, "shape": list(spec.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, spec in tensors.items():
-            painter.fill(file, part, name, spec)
+    with TensorFile(path, tensors) as file:
+        for name in file.order:
+            painter.fill(file.at(name), part, name, tensors[name])
 
 
 def _write_pth(path: Path, part: str, tensors: Tensors, painter: _Painter) -> None:
@@ -207,28 +134,6 @@ def _write_pth(path: Path, part: str, tensors: Tensors, painter: _Painter) -> No
         for name, spec in tensors.items():
             file.seek(places[name].untyped_storage()._checkpoint_offset)
             painter.fill(file, part, name, spec)
-
-
-def _shards(tensors: Tensors, limit: int) -> dict[str, Tensors]:
-    """The network's files: as few tensors' bytes in each as `limit` allows, unless one tensor is larger."""
-    shards: list[Tensors] = [{}]
-    room = limit
-    for name, spec in tensors.items():
-        if spec.bytes > room and shards[-1]:
-            shards.append({})
-            room = limit
-        shards[-1][name] = spec
-        room -= spec.bytes
-    if len(shards) == 1:
-        return {f"{NETWORK}.safetensors": shards[0]}
-    count = len(shards)
-    return {f"{NETWORK}-{i:05}-of-{count:05}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-def _index_text(shards: Mapping[str, Tensors]) -> str:
-    size = sum(spec.bytes for tensors in shards.values() for spec in tensors.values())
-    files = {name: file for file, tensors in shards.items() for name in tensors}
-    return json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}, indent=2)
 
 
 def _config_text(model: ModelConfig) -> str:
@@ -267,7 +172,7 @@ def _text_tensors(sizes: TextEncoderSizes, dim: int) -> Tensors:
     return {name: TensorSpec(shape, sizes.dtype) for name, shape in shapes.items()}
 
 
-def _audio_config(preset: Preset) -> Wav2Vec2Config:
+def audio_config(preset: Preset) -> Wav2Vec2Config:
     """The published encoder's variant of wav2vec2, "large, layer norm first", at the preset's sizes."""
     sizes = preset.audio
     return Wav2Vec2Config(
@@ -290,13 +195,13 @@ def _audio_config(preset: Preset) -> Wav2Vec2Config:
 
 def _audio_tensors(preset: Preset) -> Tensors:
     with torch.device("meta"):
-        state = Wav2Vec2ForCTC(_audio_config(preset)).state_dict()
+        state = Wav2Vec2ForCTC(audio_config(preset)).state_dict()
     return {name: TensorSpec(tuple(tensor.shape), torch.float32) for name, tensor in state.items()}
 
 
 def _write_audio_settings(folder: Path, preset: Preset) -> None:
     """Everything of a `Wav2Vec2ForCTC` and its processor but the weights."""
-    _audio_config(preset).save_pretrained(folder)
+    audio_config(preset).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(sampling_rate=SPEECH_RATE, do_normalize=True, return_attention_mask=True).save_pretrained(
         folder
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .tensors import TensorStore, listed
+from .tensors import DTYPES, TensorStore, listed, row_pieces
 
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _DEFAULT_SCALE = 0.5
@@ -22,7 +22,7 @@ class LoraAdapter:
     """An adapter checked against the weights it changes.
 
     Attributes:
-        down, up: A [rank, in] and B [out, rank] by the name of the weight they change.
+        down, up: A [rank, in] and B [out, rank] by the name of the weight they change, memory-mapped.
         scale: alpha / rank.
     """
 
@@ -45,10 +45,10 @@ class LoraAdapter:
         strange = []
         for name, tensor in store:
             match = _NAME.fullmatch(name)
-            if match is None:
+            if match is None or store.tensors[name].dtype not in DTYPES:
                 strange.append(name)
             else:
-                sides[match["side"]][f"{match['module']}.weight"] = tensor.float()
+                sides[match["side"]][f"{match['module']}.weight"] = tensor
         if strange or not sides["A"]:
             found = listed(sorted(strange)) if strange else "no tensors at all"
             raise CheckpointError(f"{path}: not a LoRA adapter, found {found} (expected NAME.lora_A.weight, ...lora_B)")
@@ -56,11 +56,15 @@ class LoraAdapter:
         adapter._check(path, weights)
         return adapter
 
-    def merge(self, name: str, weight: Tensor) -> Tensor:
-        """The merged weight in float32, or `weight` itself where the adapter does not change it."""
-        if name not in self.down:
-            return weight
-        return weight.float() + self.scale * (self.up[name].to(weight.device) @ self.down[name].to(weight.device))
+    def merged(self, name: str, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Rows of a weight that the adapter changes, merged: float32 [rows, in] behind the first row's number.
+
+        The product is summed in float64 and rounded once, so that it does not depend on who multiplies.
+        """
+        down, up = (side[name].to(weight.device) for side in (self.down, self.up))
+        wide = down.double()
+        for rows in row_pieces(weight):
+            yield rows.start, weight[rows].float() + self.scale * (up[rows].double() @ wide).float()
 
     def _check(self, path: Path, weights: Mapping[str, tuple[int, ...]]) -> None:
         complaints = [f"{name} has no counterpart" for name in sorted(set(self.down) ^ set(self.up))]
@@ -72,6 +76,13 @@ class LoraAdapter:
                 complaints.append(f"{name}: B {[rows, up_rank]} A {[rank, columns]} do not make {list(weights[name])}")
         if complaints:
             raise CheckpointError(f"{path}: a LoRA for another model: {listed(complaints)}")
+
+
+def pieces_of(name: str, weight: Tensor, adapter: LoraAdapter | None) -> Iterator[tuple[int, Tensor]]:
+    """A weight [rows, ...] in pieces behind the number of their first row, merged where the adapter changes it."""
+    if adapter is not None and name in adapter.down:
+        return adapter.merged(name, weight)
+    return ((rows.start, weight[rows]) for rows in row_pieces(weight))
 
 
 def _scale(path: Path, metadata: Mapping[str, str], down: Mapping[str, Tensor]) -> float:

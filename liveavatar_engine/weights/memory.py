@@ -1,149 +1,317 @@
-"""How much device memory an engine needs, predicted from sizes alone."""
+"""How much memory an engine needs, predicted from sizes alone."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from ..conditions.audio_encoder import FEATURE_RATE
-from ..conditions.audio_features import GLOBAL_SECONDS
-from ..config import StreamGeometry
-from ..config.geometry import LATENT_FRAME_STRIDE, LATENT_STRIDE
+from ..conditions.audio_encoder import FEATURE_RATE, SAMPLES_PER_STATE
+from ..conditions.audio_features import GLOBAL_SECONDS, window_samples
+from ..config import EngineConfig, ModelConfig, StreamGeometry
+from ..config.fit import TYPICAL_SIDES
+from ..config.geometry import LATENT_FRAME_STRIDE, LATENT_STRIDE, MOTION_LATENTS, SPEECH_RATE
+from ..config.size import Size
 from ..denoise.caches import CacheArena
-from ..model.quantize import linears_to_quantize
-from ..pipeline.device import Precision
+from ..errors import CheckpointError
+from ..model.quantize import use_fp8
+from ..pipeline.device import Precision, resolve_precision
+from ..pipeline.offload import offloaded_parts
 from ..vae.shape import VaeShape
 from ..vae.vae import Vae
 from .network import empty_network
 
-_WIDE, _E4M3 = torch.float32.itemsize, 1
+_WIDE = torch.float32.itemsize
 _LOGIT_TILE = 1 << 28
 """Bytes of attention logits that are computed at a time in plain PyTorch."""
-_STEP_COPIES = 11
-"""Copies of a block's tokens in the model's dtype that are alive at once in a step, measured."""
+_STEP_COPIES, _STEP_WIDENED = 9, 1.5
+"""Copies of a block's tokens in the model's dtype that are alive at once in a step, and in float32 where that is wider,
+measured with the ops in plain PyTorch."""
 _PAST_FRAMES = 2
 """Frames that a causal convolution of the VAE keeps."""
-_DECODE_LAYERS, _ENCODE_LAYERS = 5, 12
+_DECODE_LAYERS, _ENCODE_LAYERS = 5, 11.3
 """Outputs of the VAE's widest layer that are alive at once, measured; the encoder's include its own history."""
+_SPEECH_STRIDE = 5
+"""Samples per output of the audio encoder's first convolution, whose output is its largest tensor."""
+_FETCHED_LAYERS = 2
+"""Layers of an offloaded text encoder that are on the device at once."""
 
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """Bytes of one kind, and what they depend on."""
+    """Bytes of one kind, and what they depend on.
+
+    Attributes:
+        name: of the kind.
+        bytes: on the device.
+        note: what they depend on, or what they are.
+        host: bytes in host memory, for parts that are offloaded.
+    """
 
     name: str
     bytes: int
     note: str = ""
+    host: int = 0
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Device memory by what holds it.
+    """Memory by what holds it.
 
-    Weights and caches are exact. Working memory is an estimate; CUDA's own context, the allocator's rounding and the
-    workspaces of its libraries come on top.
+    Weights, caches and static buffers are exact. Working memory is an estimate; CUDA's own context, the allocator's
+    rounding and the workspaces of its libraries come on top.
     """
 
     rows: tuple[MemoryRow, ...]
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """Bytes on the device."""
         return sum(row.bytes for row in self.rows)
 
+    @property
+    def host(self) -> int:
+        """Bytes of offloaded weights in host memory."""
+        return sum(row.host for row in self.rows)
+
     def __getitem__(self, name: str) -> int:
-        """Bytes of the row of that name."""
+        """Bytes on the device of the row of that name."""
         return {row.name: row.bytes for row in self.rows}[name]
+
+    def table(self) -> str:
+        """The rows as plain text, a line each."""
+        width = max(len(row.name) for row in self.rows)
+        lines = [f"  {row.name:<{width}}  {gigabytes(row.bytes):>9}  {row.note}".rstrip() for row in self.rows]
+        return "\n".join([*lines, f"  {'total':<{width}}  {gigabytes(self.total):>9}"])
+
+
+def gigabytes(count: int) -> str:
+    """Bytes for a reader, such as "20.95 GB"; small ones in MB."""
+    return f"{count / 1e9:.2f} GB" if count >= 10**8 else f"{count / 1e6:.2f} MB"
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Name -> shape of the tensors in a file."""
+
+
+@dataclass(frozen=True)
+class PartSizes:
+    """Sizes of the parts around the network; zero or None where a part is missing.
+
+    Attributes:
+        vae: of its tensors.
+        text_parameters, text_layer: of the text encoder, and of each of its layers.
+        text_heads, text_ffn: of its layers.
+        audio_parameters: of the audio encoder.
+        audio_channels: of its first convolution.
+    """
+
+    vae: VaeShape | None = None
+    text_parameters: int = 0
+    text_layer: int = 0
+    text_heads: int = 0
+    text_ffn: int = 0
+    audio_parameters: int = 0
+    audio_channels: int = 0
+
+    @classmethod
+    def of(cls, vae: Shapes, text: Shapes, audio: Shapes) -> PartSizes:
+        """Read the sizes from the files' tensors."""
+        try:
+            vae_shape = VaeShape.of_tensors(vae)
+        except CheckpointError:
+            vae_shape = None
+        count = {name: math.prod(shape) for name, shape in text.items()}
+        first = (shape[0] for name, shape in audio.items() if name.endswith("conv_layers.0.conv.weight") and shape)
+        return cls(
+            vae=vae_shape,
+            text_parameters=sum(count.values()),
+            text_layer=sum(count[name] for name in count if name.startswith("blocks.0.")),
+            text_heads=_last_axis(text, "blocks.0.pos_embedding.embedding.weight"),
+            text_ffn=_last_axis(text, "blocks.0.ffn.fc2.weight"),
+            audio_parameters=sum(math.prod(shape) for shape in audio.values()),
+            audio_channels=next(first, 0),
+        )
+
+
+def _last_axis(shapes: Shapes, name: str) -> int:
+    """Length of a tensor's last axis; 0 where there is none."""
+    return (0, *shapes.get(name, ()))[-1]
+
+
+def stream_geometry(model: ModelConfig, config: EngineConfig, size: Size | None = None) -> StreamGeometry:
+    """The streams of an engine; an area is taken for a 16:9 picture.
+
+    Raises:
+        ConfigError, InputError: the size is not possible.
+    """
+    height, width = (size or config.parsed_size).sides(*TYPICAL_SIDES)
+    return StreamGeometry(model, height, width, motion_tokens=config.motion_tokens)
 
 
 def predict_memory(
-    geometry: StreamGeometry,
-    vae: VaeShape | None,
-    *,
-    precision: Precision,
-    steps: int,
-    sessions: int,
-    text_parameters: int = 0,
-    audio_parameters: int = 0,
-    plain_attention: bool = False,
+    geometry: StreamGeometry, parts: PartSizes, config: EngineConfig, device: torch.device
 ) -> MemoryEstimate:
-    """Predict the memory of an engine that has `sessions` sessions open.
+    """Predict the memory of an engine that has all of its sessions open.
 
     Args:
         geometry: network and picture size.
-        vae: its sizes; None leaves its rows out.
-        precision: the engine's.
-        steps: denoise steps, each with a ring of its own.
-        sessions: open at the same time.
-        text_parameters, audio_parameters: of the encoders.
-        plain_attention: whether attention runs in plain PyTorch, as on a CPU.
+        parts: sizes of the parts around the network.
+        config: precision, steps, sessions, offloading, graphs, schedule.
+        device: its kind counts; it need not be there.
+
+    Raises:
+        ConfigError: precisions that do not go together, or `fp8_skip` names no layer.
     """
-    model, dtype = geometry.model, precision.dtype
-    arena = CacheArena(geometry, steps, sessions, precision.cache, torch.device("meta"))
-    text_keys = 2 * model.num_layers * model.text_len * model.dim * dtype.itemsize
-    states = GLOBAL_SECONDS * FEATURE_RATE * model.audio_layers * model.audio_dim * _WIDE
-    modulation = steps * (6 * model.num_layers + 2) * model.dim * _WIDE
-    rows = [
-        MemoryRow("network", _network_bytes(geometry, precision), "some parameters stay in float32"),
-        MemoryRow("text encoder", text_parameters * dtype.itemsize),
-        MemoryRow("audio encoder", audio_parameters * _WIDE, "float32"),
-        MemoryRow("rings", arena.ring_bytes, f"{sessions} sessions x {steps} steps"),
-        MemoryRow("sink", arena.sink_bytes, f"{sessions} sessions"),
-        MemoryRow("text keys", sessions * text_keys, f"{sessions} sessions x {model.text_len} tokens"),
-        MemoryRow("audio states", sessions * states, f"{sessions} sessions, at most {GLOBAL_SECONDS} s at once"),
-        MemoryRow("time modulation", modulation, f"{steps} steps"),
-    ]
-    working = {"denoising": _denoise_bytes(geometry, dtype, plain_attention)}
-    if vae is not None:
-        pixels = geometry.height * geometry.width
-        history = sessions * _decoder_history(vae, pixels) * dtype.itemsize
-        rows.insert(3, MemoryRow("VAE", _vae_bytes(vae, dtype), "the encoder is float32"))
-        rows.append(MemoryRow("VAE history", history, f"{sessions} sessions"))
-        layer = LATENT_FRAME_STRIDE * pixels * vae.widths[0]
-        frames = 2 * geometry.columns_per_block * 3 * pixels * _WIDE
-        working["decoding"] = _DECODE_LAYERS * layer * dtype.itemsize + frames
-        working["encoding the image"] = _ENCODE_LAYERS * layer * _WIDE
-    largest = max(working, key=lambda name: working[name])
-    rows.append(MemoryRow("working memory", working[largest], f"estimate; most for {largest}"))
-    return MemoryEstimate(tuple(rows))
+    return MemoryEstimate(tuple(_Prediction(geometry, parts, config, device).rows()))
 
 
-def _network_bytes(geometry: StreamGeometry, precision: Precision) -> int:
-    network = empty_network(geometry.model)
-    quantized = {} if precision.fp8_skip is None else linears_to_quantize(network, precision.fp8_skip)
-    scales = sum(layer.out_features * _WIDE for layer in quantized.values())
-    weights = {f"{name}.weight" for name in quantized}
+class _Prediction:
+    """The rows of an estimate."""
 
-    def itemsize(name: str) -> int:
-        if name in weights:
-            return _E4M3
-        return _WIDE if network.keeps_float32(name) else precision.dtype.itemsize
+    def __init__(self, geometry: StreamGeometry, parts: PartSizes, config: EngineConfig, device: torch.device) -> None:
+        self._geometry, self._model, self._parts, self._config = geometry, geometry.model, parts, config
+        self._precision: Precision = resolve_precision(config, device)
+        self._item = self._precision.dtype.itemsize
+        self._offloaded = offloaded_parts(config, device)
+        self._graphs = config.graphs and device.type == "cuda"
+        self._plain_attention = device.type == "cpu"
+        self._network = empty_network(geometry.model, self._precision.dtype)
+        if self._precision.fp8_skip is not None:
+            use_fp8(self._network, self._precision.fp8_skip)
 
-    return scales + sum(tensor.numel() * itemsize(name) for name, tensor in network.state_dict().items())
+    def rows(self) -> Iterator[MemoryRow]:
+        yield from self._weights()
+        yield from self._per_session()
+        yield from self._buffers()
+        yield from self._working()
+
+    def _weights(self) -> Iterator[MemoryRow]:
+        network = sum(parameter.nbytes for parameter in self._network.parameters())
+        linear = "" if self._precision.fp8_skip is None else "linear layers in e4m3, "
+        yield MemoryRow("network", network, f"{linear}some parameters in float32")
+        yield self._part("text encoder", "text_encoder", self._parts.text_parameters * self._item)
+        yield MemoryRow("audio encoder", self._parts.audio_parameters * _WIDE, "float32")
+        if self._parts.vae is not None:
+            size = _vae_bytes(self._parts.vae, self._precision.dtype)
+            yield self._part("VAE", "vae", size, "the encoder is float32")
+
+    def _part(self, name: str, part: str, size: int, note: str = "") -> MemoryRow:
+        if part not in self._offloaded:
+            return MemoryRow(name, size, note)
+        return MemoryRow(name, 0, f"offloaded: {gigabytes(size)} of host memory", host=size)
+
+    def _per_session(self) -> Iterator[MemoryRow]:
+        config, geometry, model = self._config, self._geometry, self._model
+        sessions, rings = config.max_sessions, 1 if config.kv_mode == "clean" else config.steps
+        meta = torch.device("meta")
+        arena = CacheArena(geometry, rings, sessions, self._precision.cache, self._precision.dtype, meta)
+        ring = gigabytes(arena.ring_bytes // (sessions * rings))
+        yield MemoryRow("rings", arena.ring_bytes, f"{_count(sessions, 'session')} x {_count(rings, 'ring')} of {ring}")
+        yield MemoryRow("sinks", arena.sink_bytes, f"{_count(sessions, 'session')} x 2: one is read, one made")
+        yield MemoryRow("text keys", arena.text_bytes, f"{_count(sessions, 'session')} x 2 x {model.text_len} tokens")
+        if config.features == "global":
+            states = sessions * GLOBAL_SECONDS * FEATURE_RATE * model.audio_layers * model.audio_dim * _WIDE
+            yield MemoryRow("audio states", states, f"{_count(sessions, 'session')}, {GLOBAL_SECONDS} s each")
+        if self._parts.vae is not None:
+            history = sessions * _decoder_history(self._parts.vae, self._pixels) * self._item
+            yield MemoryRow("VAE history", history, _count(sessions, "session"))
+
+    def _buffers(self) -> Iterator[MemoryRow]:
+        """What lies ready on the device for steps to read and write, for one actor."""
+        config, geometry, model = self._config, self._geometry, self._model
+        evaluations = config.steps + (config.kv_mode == "clean")
+        modulation = (evaluations + 1) * (6 * model.num_layers + 2) * model.dim * _WIDE
+        yield MemoryRow("time modulation", modulation, f"{_count(config.steps, 'step')} and the sink's")
+        latents = math.prod(geometry.block_shape)
+        frame = latents // geometry.frames_per_block
+        wide = (2 * evaluations + 2) * latents + frame * (1 + MOTION_LATENTS * geometry.motion_tokens)
+        wide += model.audio_layers * model.audio_dim * geometry.columns_per_block
+        wide += geometry.sink_tokens * model.head_dim + geometry.tokens_per_frame * 4 * (model.head_dim // 6)  # angles
+        audio = math.prod(self._network.audio_inputs_shape(1, geometry.frames_per_block))
+        entered = self._together * (audio + geometry.tokens_per_block * model.dim)
+        narrow = entered + 2 * geometry.sink_tokens * model.dim
+        yield MemoryRow("static inputs", wide * _WIDE + narrow * self._item, "of steps: latents, audio, sink tokens")
+
+    def _working(self) -> Iterator[MemoryRow]:
+        """Denoising keeps its memory for good where its graphs are captured; all else takes turns."""
+        window = window_samples(self._geometry.columns_per_block)
+        speech = GLOBAL_SECONDS * SPEECH_RATE if self._config.features == "global" else window
+        turns = {"encoding the audio": self._audio_bytes(speech), "encoding the prompt": self._text_bytes()}
+        if self._parts.vae is not None:
+            decoding, encoding = self._vae_working_bytes(self._parts.vae)
+            turns |= {"decoding": decoding, "encoding the image": encoding}
+        denoising = self._denoise_bytes()
+        if self._graphs:
+            kept = denoising + self._audio_bytes(window)
+            yield MemoryRow("graphs", kept, "estimate; working memory of denoising and of windows of audio")
+        else:
+            turns["denoising"] = denoising
+        largest = max(turns, key=lambda name: turns[name])
+        yield MemoryRow("working memory", turns[largest], f"estimate; most for {largest}")
+
+    @property
+    def _pixels(self) -> int:
+        return self._geometry.height * self._geometry.width
+
+    @property
+    def _together(self) -> int:
+        """Blocks that take a step together."""
+        return self._config.steps if self._config.schedule == "diagonal" else 1
+
+    def _denoise_bytes(self) -> int:
+        """Most that is alive in a step; self-attention in plain PyTorch comes on top.
+
+        That makes float32 copies of all keys and values where they are narrower, and three tiles of logits.
+        """
+        model, block, item = self._model, self._geometry.tokens_per_block, self._item
+        values = self._together * block * model.dim
+        alive = _STEP_COPIES * values * item + (int(_STEP_WIDENED * values) * _WIDE if item < _WIDE else 0)
+        if not self._plain_attention:
+            return alive
+        keys = self._geometry.ring_tokens + self._geometry.sink_tokens
+        widened = 0 if item >= _WIDE else 2 * keys * model.dim * _WIDE
+        logits = model.num_heads * block * keys * _WIDE
+        return alive + widened + min(3 * _LOGIT_TILE, 2 * logits)
+
+    def _vae_working_bytes(self, vae: VaeShape) -> tuple[int, int]:
+        """Of decoding and of encoding; a part that is offloaded has come to the device by then."""
+        layer = LATENT_FRAME_STRIDE * self._pixels * vae.widths[0]
+        frames = 2 * self._geometry.columns_per_block * 3 * self._pixels * _WIDE
+        encoder, decoder = _vae_halves(vae) if "vae" in self._offloaded else (0, 0)
+        decoding = _DECODE_LAYERS * layer * self._item + frames + decoder * self._item
+        return decoding, int(_ENCODE_LAYERS * layer) * _WIDE + encoder * _WIDE
+
+    def _text_bytes(self) -> int:
+        """Attention logits, also in float32, two rows of the FFN and the stream, and the layers that were fetched."""
+        parts, tokens = self._parts, self._model.text_len
+        rows = tokens * (parts.text_ffn + self._model.text_dim)
+        fetched = _FETCHED_LAYERS * parts.text_layer if "text_encoder" in self._offloaded else 0
+        return parts.text_heads * tokens**2 * (self._item + _WIDE) + (2 * rows + fetched) * self._item
+
+    def _audio_bytes(self, samples: int) -> int:
+        """Input and output of the first norm, and the states of all layers."""
+        states = samples // SAMPLES_PER_STATE * self._model.audio_layers * self._model.audio_dim
+        return (2 * self._parts.audio_channels * samples // _SPEECH_STRIDE + states) * _WIDE
 
 
-def _vae_bytes(shape: VaeShape, dtype: torch.dtype) -> int:
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _vae_halves(shape: VaeShape) -> tuple[int, int]:
+    """Parameters of encoder and decoder."""
     with torch.device("meta"):
         vae = Vae(shape)
     decoder = sum(p.numel() for part in (vae.decoder, vae.conv2) for p in part.parameters())
-    encoder = sum(p.numel() for p in vae.parameters()) - decoder
+    return sum(p.numel() for p in vae.parameters()) - decoder, decoder
+
+
+def _vae_bytes(shape: VaeShape, dtype: torch.dtype) -> int:
+    encoder, decoder = _vae_halves(shape)
     return decoder * dtype.itemsize + encoder * _WIDE
-
-
-def _denoise_bytes(geometry: StreamGeometry, dtype: torch.dtype, plain_attention: bool) -> int:
-    """Most that is alive in a step, in cross-attention; attention in plain PyTorch comes on top.
-
-    That makes float32 copies of all keys and values where they are narrower, and three tiles of logits.
-    """
-    model, block = geometry.model, geometry.tokens_per_block
-    alive = block * model.dim * (_STEP_COPIES * dtype.itemsize + _WIDE)
-    if not plain_attention:
-        return alive
-    keys = geometry.ring_tokens + geometry.sink_tokens
-    widened = 0 if dtype.itemsize >= _WIDE else 2 * keys * model.dim * _WIDE
-    logits = model.num_heads * block * keys * _WIDE
-    return alive + widened + min(3 * _LOGIT_TILE, 2 * logits)
 
 
 def _decoder_history(shape: VaeShape, pixels: int) -> int:

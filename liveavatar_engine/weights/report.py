@@ -15,20 +15,17 @@ import torch
 from ..conditions.audio_encoder import AudioEncoder
 from ..conditions.text import TextEncoder, load_tokenizer
 from ..config import EngineConfig, ModelConfig, Size, StreamGeometry
-from ..errors import CheckpointError
-from ..pipeline.device import resolve_device, resolve_precision
-from ..vae.shape import VaeShape
+from ..errors import CheckpointError, ConfigError
 from ..vae.vae import load_vae
+from .conversion import Conversion, settled
 from .layout import AUDIO_ENCODER, CONFIG, NETWORK, TEXT_ENCODER, TOKENIZER, VAE, missing_parts
-from .memory import MemoryEstimate, predict_memory
-from .network import network_shapes
+from .memory import MemoryEstimate, PartSizes, predict_memory, stream_geometry
+from .network import NetworkBuilder, check_dtypes, check_note
 from .tensors import TensorInfo, TensorStore, read_pickle
 
 _META = torch.device("meta")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
 """Safetensors' names of dtypes, and torch's."""
-_TYPICAL_SIDES = (720, 1280)
-"""Height and width of the picture that a requested area is fitted to."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,9 @@ class CheckpointReport:
         parts: in the order config, network, VAE, text encoder, tokenizer, audio encoder.
         mismatch: of the network's tensors; None when the sizes are unknown.
         geometry: of the stream for which memory is predicted; None when the sizes are unknown.
-        memory: what an engine needs on its device; rows of parts that cannot be read are left out or zero.
+        memory: what an engine needs; rows of parts that cannot be read are left out or zero.
+        device: the kind of device it is predicted for.
+        conversion: how the checkpoint was converted; None: it is an original.
     """
 
     folder: Path
@@ -113,6 +112,8 @@ class CheckpointReport:
     mismatch: NetworkMismatch | None
     geometry: StreamGeometry | None
     memory: MemoryEstimate | None
+    device: torch.device = _META
+    conversion: Conversion | None = None
 
     @property
     def ok(self) -> bool:
@@ -130,19 +131,22 @@ def inspect_checkpoint(folder: Path, size: Size | None = None, config: EngineCon
     Args:
         folder: the checkpoint.
         size: for which memory is predicted; of an area, for a 16:9 picture. None: the configuration's.
-        config: precision, device, steps and sessions for which memory is predicted.
+        config: precision, steps, sessions and the like for which memory is predicted. Its device need not be there;
+            "auto" is a GPU.
 
     Raises:
         CheckpointError: `folder` is not a directory.
-        ConfigError, InputError: the size, precision or device is not possible.
+        ConfigError, InputError: the size or the precision is not possible, also not with a converted checkpoint.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: {'not a directory' if folder.exists() else 'no such directory'}")
     config = config or EngineConfig()
-    model, settings = _config_part(folder)
+    model, conversion, settings = _config_part(folder)
+    if conversion is not None:
+        config = settled(config, folder, None)
     parts = (
         settings,
-        network := _network_part(folder),
+        network := _network_part(folder, model, conversion),
         vae := _vae_part(folder),
         text := _text_part(folder, model),
         _tokenizer_part(folder),
@@ -150,52 +154,55 @@ def inspect_checkpoint(folder: Path, size: Size | None = None, config: EngineCon
     )
     if model is None:
         return CheckpointReport(folder, None, parts, None, None, None)
-    geometry = _geometry(model, size or config.parsed_size, config.motion_tokens)
-    device = resolve_device(config.devices)
-    memory = predict_memory(
-        geometry,
-        VaeShape.of_tensors({name: tensor.shape for name, tensor in vae.tensors.items()}) if vae.ok else None,
-        precision=resolve_precision(config, device),
-        plain_attention=device.type == "cpu",
-        steps=config.steps,
-        sessions=config.max_sessions,
-        text_parameters=text.parameters,
-        audio_parameters=audio.parameters,
-    )
-    return CheckpointReport(folder, model, parts, _mismatch(model, network), geometry, memory)
+    geometry = stream_geometry(model, config, size)
+    device = _kind_of_device(config.devices)
+    sizes = PartSizes.of(*({name: t.shape for name, t in part.tensors.items()} for part in (vae, text, audio)))
+    memory = predict_memory(geometry, sizes if vae.ok else dataclasses.replace(sizes, vae=None), config, device)
+    mismatch = _mismatch(_expected(model, conversion).shapes, network)
+    return CheckpointReport(folder, model, parts, mismatch, geometry, memory, device, conversion)
 
 
-def _geometry(model: ModelConfig, size: Size, motion_tokens: bool) -> StreamGeometry:
-    height, width = size.height, size.width
-    if not size.exact:
-        from ..media.image import fit_to_area
+def _kind_of_device(names: str | tuple[str, ...]) -> torch.device:
+    """For which memory is predicted; it need not be there."""
+    name = "cuda" if isinstance(names, str) else names[0]
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
+    return torch.device(name)
 
-        height, width = fit_to_area(*_TYPICAL_SIDES, size.area)
-    return StreamGeometry(model, height, width, motion_tokens=motion_tokens)
 
-
-def _config_part(folder: Path) -> tuple[ModelConfig | None, PartReport]:
+def _config_part(folder: Path) -> tuple[ModelConfig | None, Conversion | None, PartReport]:
     problems: list[str] = []
-    model = None
+    model = conversion = None
     with _noting(problems):
         model = ModelConfig.from_file(folder / CONFIG)
-    return model, PartReport("config", _files(folder, CONFIG), problems=tuple(problems))
+        conversion = Conversion.of(folder)
+    return model, conversion, PartReport("config", _files(folder, CONFIG), problems=tuple(problems))
 
 
-def _network_part(folder: Path) -> PartReport:
+def _network_part(folder: Path, model: ModelConfig | None, conversion: Conversion | None) -> PartReport:
     """Headers of the network's shards; where some cannot be read, those of the others."""
     problems = _missing(folder, NETWORK)
     tensors: dict[str, TensorInfo] = {}
     with _noting(problems):
-        tensors = _stored(TensorStore.of_model(folder, NETWORK))
-    for shard in sorted(folder.glob(f"{NETWORK}*.safetensors")) if problems else ():
+        store = TensorStore.of_model(folder, NETWORK)
+        tensors = _stored(store)
+        check_note(folder, store, conversion)
+        if model is not None:
+            check_dtypes(folder, store, _expected(model, conversion).quantized)
+    for shard in sorted(folder.glob(f"{NETWORK}*.safetensors")) if not tensors else ():
         with _noting(problems):
             tensors |= _stored(TensorStore([shard]))
     return PartReport("network", _files(folder, f"{NETWORK}*"), tensors, tuple(problems))
 
 
-def _mismatch(model: ModelConfig, network: PartReport) -> NetworkMismatch:
-    expected, found = network_shapes(model), network.tensors
+def _expected(model: ModelConfig, conversion: Conversion | None) -> NetworkBuilder:
+    """What the network's tensors should be."""
+    skip = conversion.fp8_skip if conversion is not None and conversion.precision == "fp8" else None
+    return NetworkBuilder(model, torch.bfloat16, _META, skip, converted=skip is not None)
+
+
+def _mismatch(expected: Mapping[str, tuple[int, ...]], network: PartReport) -> NetworkMismatch:
+    found = network.tensors
     return NetworkMismatch(
         missing=tuple(sorted(set(expected) - set(found))),
         unexpected=tuple(sorted(set(found) - set(expected))),

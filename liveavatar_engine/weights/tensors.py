@@ -1,9 +1,9 @@
-"""Tensors in safetensors shards: headers first, data tensor by tensor, never two shards at once."""
+"""Tensors in checkpoint files: headers first, data tensor by tensor."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +12,36 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .staging import Extent, staged
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""Safetensors' names of the dtypes that weights have."""
 _MAX_LISTED = 20
+_HOST_PIECE, _DEVICE_PIECE = 1 << 18, 1 << 23
+"""Values worked on at a time: float32 copies stay in a CPU's cache; a GPU has enough to do."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor, and the shard that holds it."""
+    """What a header says of a tensor.
+
+    Attributes:
+        shape: as stored.
+        dtype: by the file format's name.
+        shard: the file that holds it.
+        start: of its bytes in a safetensors file.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     shard: Path
+    start: int = 0
 
 
 class TensorStore:
@@ -58,24 +77,54 @@ class TensorStore:
             raise CheckpointError(f"{index}: names tensors that its shards do not hold: {listed(absent)}")
         return store
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, shard by shard; the previous shard is closed before the next is opened."""
+    def __iter__(self) -> Generator[tuple[str, Tensor]]:
+        """Every tensor in host memory, memory-mapped, shard by shard as they lie; one shard is open at a time."""
         for shard in sorted({info.shard for info in self.tensors.values()}):
             with _open(shard) as file:
-                for name in [name for name, info in self.tensors.items() if info.shard == shard]:
+                for name in [name for name in self.in_order() if self.tensors[name].shard == shard]:
                     try:
                         yield name, file.get_tensor(name)
                     except SafetensorError as error:
                         raise CheckpointError(f"{shard}: tensor {name} cannot be read: {error}") from error
 
+    def in_order(self) -> list[str]:
+        """The tensors' names, shard by shard as they lie: the order in which they are read."""
+        return sorted(self.tensors, key=lambda name: (self.tensors[name].shard, self.tensors[name].start))
+
+    def read(self, device: torch.device) -> Generator[tuple[str, Tensor]]:
+        """Every tensor on `device`, in order: memory-mapped on a CPU, elsewhere read ahead through locked buffers.
+
+        Close the iterator if it is left early: nothing runs on after that.
+
+        Raises:
+            CheckpointError: a dtype that no weight has, or a file that has changed or cannot be read.
+        """
+        return self.__iter__() if device.type == "cpu" else staged(map(self._extent, self.in_order()), device)
+
+    def _extent(self, name: str) -> Extent:
+        info = self.tensors[name]
+        if info.dtype not in DTYPES:
+            raise CheckpointError(f"{info.shard}: tensor {name} is {info.dtype}; expected one of {', '.join(DTYPES)}")
+        return Extent(name, info.shard, info.start, info.shape, DTYPES[info.dtype])
+
     def _read_header(self, shard: Path) -> None:
         with _open(shard) as file:
             self.metadata.update(file.metadata() or {})
+            starts = _starts(shard)
             for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                 if name in self.tensors:
                     raise CheckpointError(f"{shard}: tensor {name} also stands in {self.tensors[name].shard.name}")
                 view = file.get_slice(name)
-                self.tensors[name] = TensorInfo(tuple(view.get_shape()), view.get_dtype(), shard)
+                self.tensors[name] = TensorInfo(tuple(view.get_shape()), view.get_dtype(), shard, starts[name])
+
+
+def _starts(shard: Path) -> dict[str, int]:
+    """Where tensors start in a safetensors file that has been checked; its library does not tell."""
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    first = 8 + length
+    return {name: first + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _open(path: Path) -> safe_open:
@@ -146,3 +195,11 @@ def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
     else:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def row_pieces(tensor: Tensor) -> Iterator[slice]:
+    """Rows of a tensor, a moderate number at a time: what is computed from a piece needs little memory."""
+    values = _HOST_PIECE if tensor.device.type == "cpu" else _DEVICE_PIECE
+    count = len(tensor) if tensor.ndim else 0
+    step = max(1, values * count // max(1, tensor.numel()))
+    return (slice(first, min(first + step, count)) for first in range(0, count, step))

@@ -33,6 +33,9 @@ BAD = {
     "kv_mode": ({"kv_mode": "dirty"}, "kv_mode must be one of"),
     "diagonal with a clean ring": ({"schedule": "diagonal", "kv_mode": "clean"}, "needs kv_mode 'timestep'"),
     "diagonal for two": ({"schedule": "diagonal", "max_sessions": 2}, "max_sessions must be 1, not 2"),
+    "offload as text": ({"offload": "vae"}, "offload must be a list of names, not 'vae'"),
+    "offload of another part": ({"offload": ["vae", "audio"]}, "expected some of text_encoder, vae, not vae, audio"),
+    "offload twice": ({"offload": ["vae", "vae"]}, "expected some of text_encoder, vae, not vae, vae"),
     "several devices not built yet": ({"devices": ["cuda:0", "cuda:1"]}, "not available"),
 }
 

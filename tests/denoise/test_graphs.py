@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from streams import STEPS, Streams
-from support import bits, relative_error
+from support import CPU, bits, relative_error
 from tape import Tape, Tapes
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -14,8 +14,8 @@ from liveavatar_engine.denoise.diagonal import open_stream
 from liveavatar_engine.denoise.stream import Conditions, SinkPolicy
 from liveavatar_engine.errors import InputError
 from liveavatar_engine.model import Network
-from liveavatar_engine.model.quantize import quantize_linears
 from liveavatar_engine.runtime.struct import DeviceStruct
+from liveavatar_engine.weights.network import load_network
 
 
 def _same(ours: list[Tensor], expected: list[Tensor]) -> None:
@@ -36,10 +36,7 @@ def test_replays_give_the_same_bits_as_plain_calls(schedule: str, actors: int, n
 
 
 def test_fp8_and_a_clean_ring_are_replayed_too(checkpoint) -> None:
-    from liveavatar_engine.weights.network import load_network
-
-    low = load_network(checkpoint, None, torch.bfloat16, torch.device("cpu"))
-    quantize_linears(low, ())
+    low = load_network(checkpoint, None, torch.bfloat16, CPU, fp8_skip=())
     settings = {"cache_dtype": torch.float8_e4m3fn, "clean": True}
     _same(Streams(low, record_with=Tapes(), **settings).run(3), Streams(low, **settings).run(3))
 

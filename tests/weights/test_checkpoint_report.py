@@ -3,40 +3,27 @@
 import dataclasses
 import json
 import shutil
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from liveavatar_kernels.cache import KeyValueCache
-from liveavatar_kernels.e4m3 import E4M3
 from safetensors.torch import load_file, save_file
 from support import CPU
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from liveavatar_engine.config import EngineConfig, ModelConfig, Size, StreamGeometry
-from liveavatar_engine.config.engine import REFERENCE_FP8_SKIP
-from liveavatar_engine.denoise.caches import CacheArena
-from liveavatar_engine.denoise.positions import StreamPositions
+from liveavatar_engine.config import EngineConfig, ModelConfig, Size
 from liveavatar_engine.errors import CheckpointError, ConfigError
-from liveavatar_engine.model.network import BlockInputs, Network
-from liveavatar_engine.model.quantize import quantize_linears
-from liveavatar_engine.pipeline.device import Precision
-from liveavatar_engine.vae.layers import History
-from liveavatar_engine.vae.vae import Vae, load_vae
+from liveavatar_engine.weights.conversion import Conversion
+from liveavatar_engine.weights.convert import convert_checkpoint
 from liveavatar_engine.weights.create import create_checkpoint
-from liveavatar_engine.weights.memory import MemoryEstimate, predict_memory
-from liveavatar_engine.weights.network import empty_network, load_network
-from liveavatar_engine.weights.presets import PRESETS, Preset
+from liveavatar_engine.weights.network import load_network
+from liveavatar_engine.weights.presets import PRESETS
 from liveavatar_engine.weights.report import CheckpointReport, WrongShape, inspect_checkpoint
 
 NETWORK = "diffusion_pytorch_model.safetensors"
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 AUDIO_ENCODER = "wav2vec2-large-xlsr-53-english"
 PARTS = ["config", "network", "VAE", "text encoder", "tokenizer", "audio encoder"]
-META = torch.device("meta")
 ON_CPU = EngineConfig(size="64x64", devices="cpu")
 
 
@@ -210,42 +197,6 @@ def test_an_impossible_size_is_an_error(checkpoint: Path) -> None:
         inspect_checkpoint(checkpoint, Size(72, 64, exact=True), ON_CPU)
 
 
-@pytest.mark.parametrize(
-    ("precision", "kv_precision", "dtype"),
-    [
-        ("fp32", "auto", torch.float32),
-        ("bf16", "auto", torch.bfloat16),
-        ("fp8", "auto", torch.bfloat16),
-        ("bf16", "fp8", torch.bfloat16),
-    ],
-)
-def test_weights_and_caches_are_predicted_to_the_byte(
-    checkpoint: Path, precision: str, kv_precision: str, dtype: torch.dtype
-) -> None:
-    report = _inspect(checkpoint, precision=precision, kv_precision=kv_precision, steps=3, max_sessions=2)
-    memory, geometry = report.memory, report.geometry
-    assert memory is not None
-    assert geometry is not None
-    caches = CacheArena(geometry, 3, 2, E4M3 if kv_precision == "fp8" else dtype, CPU).caches(0)
-    assert memory["rings"] == sum(_nbytes(layer) for step in caches.rings for layer in step)
-    assert memory["sink"] == sum(_nbytes(layer) for layer in caches.sink)
-    network = load_network(checkpoint, None, dtype, CPU)
-    if precision == "fp8":
-        quantize_linears(network, REFERENCE_FP8_SKIP)
-    assert memory["network"] == sum(parameter.nbytes for parameter in network.parameters())
-    vae = load_vae(checkpoint / "Wan2.1_VAE.pth", dtype, CPU)
-    assert memory["VAE"] == sum(parameter.nbytes for parameter in vae.parameters())
-    keys = network.text_keys(torch.zeros(1, network.config.text_dim))
-    assert memory["text keys"] == 2 * sum(layer.k.nbytes + layer.v.nbytes for layer in keys)
-    assert memory["text encoder"] == report["text encoder"].parameters * dtype.itemsize
-    assert memory["audio encoder"] == report["audio encoder"].parameters * 4
-    assert memory.total == sum(row.bytes for row in memory.rows)
-
-
-def _nbytes(cache: KeyValueCache) -> int:
-    return sum(tensor.nbytes for tensor in (cache.k, cache.v, cache.k_scale, cache.v_scale) if tensor is not None)
-
-
 def test_parts_that_are_not_there_need_no_memory(copy: Path) -> None:
     (copy / "Wan2.1_VAE.pth").unlink()
     (copy / TEXT_ENCODER).unlink()
@@ -255,90 +206,50 @@ def test_parts_that_are_not_there_need_no_memory(copy: Path) -> None:
     assert memory["text encoder"] == 0
 
 
-class PeakMemory(TorchDispatchMode):
-    """Most bytes alive at once of what was made in the `with` body; works without any memory, on the meta device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        inputs = {_storage(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
-        outputs = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, torch.Tensor) and _storage(tensor) not in inputs | self._known:
-                self._allocate(tensor.untyped_storage())
-        return outputs
-
-    def _allocate(self, storage: torch.UntypedStorage) -> None:
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        self._known.add(storage._cdata)
-        weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-
-    def _free(self, key: int, count: int) -> None:
-        self._known.discard(key)
-        self.live -= count
+# --- converted checkpoints
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+@pytest.fixture(scope="module")
+def converted(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "fp8"
+    convert_checkpoint(checkpoint, folder, fp8_skip=("ffn", "head"), shard_bytes=200_000)
+    return folder
 
 
-def _predict(preset: Preset, height: int, width: int, dtype: torch.dtype, vae: bool = True) -> MemoryEstimate:
-    geometry = StreamGeometry(preset.model, height, width)
-    precision = Precision(dtype, dtype, fp8_skip=None)
-    return predict_memory(geometry, preset.vae if vae else None, precision=precision, steps=1, sessions=1)
+def test_a_converted_checkpoint(converted: Path) -> None:
+    report = _inspect(converted)
+    assert report.ok
+    assert report.conversion == Conversion("fp8", ("ffn", "head"))
+    assert not report.mismatch
+    assert report["network"].dtypes.keys() == {"float8_e4m3fn", "bfloat16", "float32"}
+    network = load_network(converted, None, torch.bfloat16, CPU, fp8_skip=("ffn", "head"))
+    assert report.memory is not None
+    assert report.memory["network"] == sum(parameter.nbytes for parameter in network.parameters())
 
 
-def _meta_vae(preset: Preset, dtype: torch.dtype) -> Vae:
-    with META:
-        vae = Vae(preset.vae).eval().requires_grad_(False)
-    for part in (vae.decoder, vae.conv2):
-        part.to(dtype)
-    return vae
+def test_a_converted_checkpoint_at_another_precision_is_an_error(converted: Path) -> None:
+    with pytest.raises(ConfigError, match="the precision must be fp8 or auto"):
+        _inspect(converted, precision="bf16")
+    with pytest.raises(ConfigError, match="converted with fp8_skip ffn,head, not ffn"):
+        _inspect(converted, fp8_skip=("ffn",))
 
 
-@pytest.mark.parametrize(
-    ("preset", "height", "width", "dtype"),
-    [("tiny", 256, 256, torch.float32), ("small", 384, 704, torch.bfloat16), ("14b", 384, 704, torch.bfloat16)],
-)
-def test_working_memory_of_a_step_is_near_the_truth(preset: str, height: int, width: int, dtype: torch.dtype) -> None:
-    model = PRESETS[preset].model
-    geometry = StreamGeometry(model, height, width)
-    network = empty_network(model)
-    for name, parameter in network.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if Network.keeps_float32(name) else dtype)
-    with torch.inference_mode():
-        caches = CacheArena(geometry, 1, 1, dtype, META).caches(0)
-        text = network.text_keys(torch.zeros(1, model.text_dim, device=META))
-        audio = network.audio_inputs(torch.zeros(1, model.audio_layers, model.audio_dim, 12, device=META))
-        time = network.time_modulation(torch.zeros((), device=META))
-        view = StreamPositions(geometry, caches, 1, META).block_views(0, [10])[0]
-        latents = torch.zeros(geometry.block_shape, device=META)
-        with PeakMemory() as memory:
-            network(latents, time, text, BlockInputs(None, audio, None), caches.rings[0], caches.sink, view)
-    predicted = _predict(PRESETS[preset], height, width, dtype, vae=False)["working memory"]
-    assert 0.95 < predicted / memory.peak < 1.2
-
-
-@pytest.mark.parametrize(("preset", "dtype"), [("tiny", torch.float32), ("14b", torch.bfloat16)])
-def test_history_of_the_vae_is_predicted_to_the_byte(preset: str, dtype: torch.dtype) -> None:
-    stream = _meta_vae(PRESETS[preset], dtype).decoder_stream()
-    for _ in range(2):
-        stream.decode(torch.zeros(16, 1, 8, 12, device=META))
-    frames = stream._history._frames.values()
-    assert _predict(PRESETS[preset], 64, 96, dtype)["VAE history"] == sum(frame.nbytes for frame in frames)
-
-
-@pytest.mark.parametrize(("preset", "height", "width"), [("small", 256, 256), ("14b", 384, 704)])
-def test_working_memory_of_encoding_is_near_the_truth(
-    preset: str, height: int, width: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("version", "part"), [(None, "network"), (99, "config")], ids=["no note", "newer"])
+def test_a_converted_checkpoint_whose_note_is_spoilt(
+    version: int | None, part: str, converted: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(History, "equals", lambda *_: False)  # there is nothing to compare on the meta device
-    vae = _meta_vae(PRESETS[preset], torch.bfloat16)
-    with PeakMemory() as memory:
-        vae.encode_still(torch.zeros(3, height, width, device=META), 3)
-    predicted = _predict(PRESETS[preset], height, width, torch.bfloat16)["working memory"]
-    assert 0.95 < predicted / memory.peak < 1.2
+    copy = Path(shutil.copytree(converted, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    config["liveavatar_engine"] = None if version is None else {**config["liveavatar_engine"], "version": version}
+    (copy / "config.json").write_text(json.dumps(config))
+    report = _inspect(copy)
+    assert not report.ok
+    assert part in _bad_parts(report)
+    assert report.conversion is None
+
+
+def test_weights_in_fp8_from_elsewhere_are_named(copy: Path) -> None:
+    name = "blocks.0.ffn.0.weight"
+    _edit(copy, lambda state: state.update({name: state[name].to(torch.float8_e4m3fn)}))
+    (problem,) = _inspect(copy)["network"].problems
+    assert f"{name} is F8_E4M3" in problem

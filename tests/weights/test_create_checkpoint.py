@@ -285,7 +285,7 @@ def test_an_impossible_folder_is_refused(tmp_path: Path, prepare, message: str) 
 
 
 def test_a_small_disk_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(create.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 4 * 10**9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 4 * 10**9))
     with pytest.raises(OutputError, match=r"new: needs 45\.72\d GB, the disk has 4\.000 GB free"):
         create_checkpoint(tmp_path / "new", PRESETS["14b"])
     assert list(tmp_path.iterdir()) == []

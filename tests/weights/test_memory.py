@@ -1,0 +1,339 @@
+"""Memory predicted from sizes, against what is really allocated, and the refusal of what will not fit."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from liveavatar_kernels.e4m3 import E4M3
+from peak_memory import PeakMemory
+from support import CPU
+from transformers import UMT5EncoderModel, Wav2Vec2Model
+
+from liveavatar_engine import Engine, EngineConfig
+from liveavatar_engine.conditions.audio_features import GLOBAL_SECONDS
+from liveavatar_engine.conditions.text import _encoder_config
+from liveavatar_engine.config import StreamGeometry
+from liveavatar_engine.denoise.executor import Denoiser, StepExecutor
+from liveavatar_engine.denoise.schedule import flow_match_schedule
+from liveavatar_engine.errors import CheckpointError, DeviceMemoryError
+from liveavatar_engine.model.quantize import use_fp8
+from liveavatar_engine.pipeline import engine as engine_module
+from liveavatar_engine.vae.layers import History
+from liveavatar_engine.vae.vae import Vae, load_vae
+from liveavatar_engine.weights import budget
+from liveavatar_engine.weights.budget import available_memory, part_sizes, require_memory
+from liveavatar_engine.weights.create import _audio_config, checkpoint_tensors
+from liveavatar_engine.weights.layout import AUDIO_ENCODER, TEXT_ENCODER, VAE, Checkpoint
+from liveavatar_engine.weights.memory import MemoryEstimate, MemoryRow, PartSizes, predict_memory, stream_geometry
+from liveavatar_engine.weights.network import empty_network, load_network
+from liveavatar_engine.weights.presets import PRESETS, Preset
+
+META, GPU = torch.device("meta"), torch.device("cuda")
+GB = 10**9
+TINY_AREA = "64*64"
+
+
+def _parts(preset: Preset) -> PartSizes:
+    files = checkpoint_tensors(preset)
+    names = (VAE, TEXT_ENCODER, f"{AUDIO_ENCODER}/model.safetensors")
+    return PartSizes.of(*({name: spec.shape for name, spec in files[file].items()} for file in names))
+
+
+def _predict(preset: str, device: torch.device = GPU, **settings) -> MemoryEstimate:
+    config = EngineConfig(**settings)
+    return predict_memory(stream_geometry(PRESETS[preset].model, config), _parts(PRESETS[preset]), config, device)
+
+
+# --- exact rows
+
+
+@pytest.mark.parametrize(
+    ("precision", "kv_precision", "dtype"),
+    [
+        ("fp32", "auto", torch.float32),
+        ("bf16", "auto", torch.bfloat16),
+        ("fp8", "auto", torch.bfloat16),
+        ("bf16", "fp8", torch.bfloat16),
+    ],
+)
+def test_weights_and_caches_are_predicted_to_the_byte(
+    checkpoint: Path, precision: str, kv_precision: str, dtype: torch.dtype
+) -> None:
+    config = EngineConfig(size="64x64", precision=precision, kv_precision=kv_precision, steps=3, max_sessions=2)
+    skip = config.fp8_skip if precision == "fp8" else None
+    network = load_network(checkpoint, None, dtype, CPU, fp8_skip=skip)
+    parts = part_sizes(Checkpoint(checkpoint))
+    geometry = StreamGeometry(network.config, 64, 64)
+    memory = predict_memory(geometry, parts, config, CPU)
+    cache = E4M3 if kv_precision == "fp8" else dtype
+    executor = StepExecutor(Denoiser(network, flow_match_schedule(3)), geometry, sessions=2, cache_dtype=cache)
+    layers = executor.arena.layers
+    for row, kind in (("rings", "ring"), ("sinks", "sink"), ("text keys", "text")):
+        caches = [getattr(layer, kind) for layer in layers]
+        tensors = [getattr(cache, name, None) for cache in caches for name in ("k", "v", "k_scale", "v_scale")]
+        assert memory[row] == sum(tensor.nbytes for tensor in tensors if tensor is not None), row
+    times = executor.denoiser.time, executor.denoiser.sink_time
+    assert memory["time modulation"] == sum(time.blocks.nbytes + time.head.nbytes for time in times)
+    assert memory["network"] == sum(parameter.nbytes for parameter in network.parameters())
+    vae = load_vae(checkpoint / VAE, dtype, CPU)
+    assert memory["VAE"] == sum(parameter.nbytes for parameter in vae.parameters())
+    assert memory["text encoder"] == parts.text_parameters * dtype.itemsize
+    assert memory["audio encoder"] == parts.audio_parameters * 4
+    assert memory.total == sum(row.bytes for row in memory.rows)
+
+
+def _meta_executor(preset: str, config: EngineConfig) -> StepExecutor:
+    model = PRESETS[preset].model
+    network = empty_network(model, torch.float32 if config.precision == "fp32" else torch.bfloat16)
+    if config.precision == "fp8":
+        use_fp8(network, config.fp8_skip)
+    schedule = flow_match_schedule(config.steps)
+    return StepExecutor(
+        Denoiser(network, schedule, clean_pass=config.kv_mode == "clean"),
+        stream_geometry(model, config),
+        cache_dtype=E4M3 if config.kv_precision == "fp8" else None,
+        diagonal=config.schedule == "diagonal",
+    )
+
+
+STEPS = {
+    "tiny": ("tiny", {"size": "256x256", "precision": "fp32"}),
+    "small": ("small", {"precision": "bf16", "motion_tokens": True}),
+    "14b": ("14b", {"precision": "bf16"}),
+    "14b fp8": ("14b", {"precision": "fp8", "kv_precision": "fp8"}),
+    "clean": ("small", {"precision": "bf16", "kv_mode": "clean"}),
+    "diagonal": ("14b", {"precision": "bf16", "schedule": "diagonal"}),
+}
+
+
+@pytest.mark.parametrize(("preset", "settings"), STEPS.values(), ids=STEPS)
+def test_buffers_and_working_memory_of_steps_are_near_the_truth(preset: str, settings: dict) -> None:
+    config = EngineConfig(features="windowed", **settings)
+    with torch.inference_mode():
+        with PeakMemory("meta") as memory:
+            executor = _meta_executor(preset, config)
+            cast = executor.cast(actors=1, masked=False, session=0)
+        arena = executor.arena
+        time = sum(t.blocks.nbytes + t.head.nbytes for t in (executor.denoiser.time, executor.denoiser.sink_time))
+        network = sum(parameter.nbytes for parameter in executor.denoiser.network.parameters())
+        caches = arena.ring_bytes + arena.sink_bytes + arena.text_bytes
+        static = memory.live - caches - time - network
+        peak = 0
+        for work in cast.steps.values():
+            with PeakMemory("meta") as memory:
+                work()
+            peak = max(peak, memory.peak)
+    predicted = _predict(preset, features="windowed", **settings)
+    assert 0.99 < predicted["static inputs"] / static < 1.01
+    without_audio = dataclasses.replace(_parts(PRESETS[preset]), audio_channels=0)
+    geometry = stream_geometry(PRESETS[preset].model, config)
+    graphs = predict_memory(geometry, without_audio, config, GPU)["graphs"]
+    assert 0.95 < graphs / peak < (1.35 if config.precision == "fp8" else 1.25)
+
+
+def _meta_vae(preset: Preset, dtype: torch.dtype) -> Vae:
+    with META:
+        vae = Vae(preset.vae).eval().requires_grad_(False)
+    for part in (vae.decoder, vae.conv2):
+        part.to(dtype)
+    return vae
+
+
+@pytest.mark.parametrize(("preset", "precision"), [("tiny", "fp32"), ("14b", "bf16")])
+def test_history_of_the_vae_is_predicted_to_the_byte(preset: str, precision: str) -> None:
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    stream = _meta_vae(PRESETS[preset], dtype).decoder_stream()
+    for _ in range(2):
+        stream.decode(torch.zeros(16, 1, 8, 12, device=META))
+    frames = stream._history._frames.values()
+    predicted = _predict(preset, size="96x64", precision=precision)
+    assert predicted["VAE history"] == sum(frame.nbytes for frame in frames)
+
+
+# --- estimated rows
+
+
+@pytest.mark.parametrize(("preset", "size"), [("small", (256, 256)), ("14b", (384, 704))])
+def test_working_memory_of_encoding_an_image_is_near_the_truth(
+    preset: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(History, "equals", lambda *_: False)  # there is nothing to compare on the meta device
+    vae = _meta_vae(PRESETS[preset], torch.bfloat16)
+    with PeakMemory() as memory:
+        vae.encode_still(torch.zeros(3, *size, device=META), 3)
+    predicted = _predict(preset, size=f"{size[1]}x{size[0]}", precision="bf16")
+    assert 0.95 < predicted["working memory"] / memory.peak < 1.2
+
+
+@torch.inference_mode()
+def test_working_memory_of_a_prompt_is_near_the_truth() -> None:
+    preset = PRESETS["14b"]
+    shapes = {name: spec.shape for name, spec in checkpoint_tensors(preset)[TEXT_ENCODER].items()}
+    with META:
+        encoder = UMT5EncoderModel(_encoder_config(Path(), shapes)).eval().bfloat16()
+        embedded = torch.zeros(1, preset.model.text_len, preset.model.text_dim, dtype=torch.bfloat16)
+        mask = torch.ones(1, 1, preset.model.text_len, preset.model.text_len, dtype=torch.bool)
+    with PeakMemory("meta") as memory:
+        encoder(inputs_embeds=embedded, attention_mask=mask)
+    sizes = _parts(preset)
+    parts = PartSizes(text_heads=sizes.text_heads, text_ffn=sizes.text_ffn, text_layer=sizes.text_layer)
+    config = EngineConfig(precision="bf16", features="windowed", offload=())
+    geometry = stream_geometry(preset.model, config)
+    plain = predict_memory(geometry, parts, config, GPU)["working memory"]
+    assert 0.95 < plain / memory.peak < 1.6
+    offloaded = predict_memory(geometry, parts, dataclasses.replace(config, offload=("text_encoder",)), GPU)
+    layer = sum(parameter.nbytes for parameter in encoder.encoder.block[1].parameters())
+    assert offloaded["working memory"] - plain == 2 * layer
+
+
+@torch.inference_mode()
+def test_working_memory_of_speech_is_near_the_truth() -> None:
+    preset = PRESETS["14b"]
+    with META:
+        encoder = Wav2Vec2Model(_audio_config(preset)).eval()
+        speech = torch.zeros(1, 16_000 * GLOBAL_SECONDS)
+    with PeakMemory("meta") as memory:
+        output = encoder(speech, output_hidden_states=True)
+        torch.cat((*output.hidden_states[:-1], output.last_hidden_state))
+    parts = PartSizes(audio_channels=_parts(preset).audio_channels)
+    config = EngineConfig(precision="bf16")
+    predicted = predict_memory(stream_geometry(preset.model, config), parts, config, GPU)
+    assert "encoding the audio" in predicted.rows[-1].note
+    assert 0.95 < predicted["working memory"] / memory.peak < 1.6
+
+
+# --- what settings change
+
+
+def test_the_14b_model_fits_a_card_of_48_gb() -> None:
+    """With FP8, as `EngineConfig` offloads by default, and a gigabyte left for CUDA itself."""
+    memory = _predict("14b", size="704*384", precision="fp8", kv_precision="fp8")
+    assert memory.total + GB < 49_140 * 2**20
+    largest = sorted(memory.rows, key=lambda row: -row.bytes)[:4]
+    assert [row.name for row in largest] == ["rings", "network", "working memory", "sinks"]
+    assert 21.2 * GB < memory["rings"] < 21.4 * GB
+    assert 17.1 * GB < memory["network"] < 17.3 * GB
+    assert memory["text encoder"] == 0
+    assert 11.3 * GB < memory.host < 11.4 * GB
+    without = _predict("14b", size="704*384", precision="fp8", kv_precision="fp8", offload=())
+    assert without.total > 49_140 * 2**20
+
+
+def test_fp8_halves_the_network_and_the_rings() -> None:
+    wide, narrow = _predict("14b", precision="bf16"), _predict("14b", precision="fp8", kv_precision="fp8")
+    assert 0.5 < narrow["network"] / wide["network"] < 0.53
+    assert 0.5 < narrow["rings"] / wide["rings"] < 0.53
+
+
+def test_offloaded_parts_are_in_host_memory() -> None:
+    at_home = _predict("14b", precision="bf16", offload=())
+    away = _predict("14b", precision="bf16", offload=["vae", "text_encoder"])
+    assert at_home.host == 0
+    assert away.host == at_home["text encoder"] + at_home["VAE"]
+    assert away["text encoder"] == away["VAE"] == 0
+    rows = {row.name: row for row in away.rows}
+    assert rows["text encoder"].note == "offloaded: 11.36 GB of host memory"
+    encoding = away["working memory"] - at_home["working memory"]
+    assert 0 < encoding < at_home["VAE"], "the encoder comes to the device while it works"
+    on_cpu = _predict("small", CPU, precision="bf16", offload=["vae", "text_encoder"])
+    assert on_cpu.host == 0
+    assert on_cpu["text encoder"] > 0
+
+
+def test_graphs_keep_what_steps_need() -> None:
+    captured, plain = _predict("14b", precision="bf16"), _predict("14b", precision="bf16", graphs=False)
+    assert captured.total - plain.total == captured["graphs"]
+    assert not [row for row in plain.rows if row.name == "graphs"]
+    diagonal = _predict("14b", precision="bf16", schedule="diagonal")
+    assert 3.3 < diagonal["graphs"] / captured["graphs"] < 4
+
+
+def test_sessions_steps_and_modes() -> None:
+    one, three = (_predict("small", precision="bf16", max_sessions=count) for count in (1, 3))
+    for name in ("rings", "sinks", "text keys", "audio states", "VAE history"):
+        assert three[name] == 3 * one[name], name
+    assert three["network"] == one["network"]
+    clean = _predict("small", precision="bf16", kv_mode="clean")
+    assert one["rings"] == 4 * clean["rings"]
+    windowed = _predict("small", precision="bf16", features="windowed")
+    assert "audio states" not in {row.name for row in windowed.rows}
+
+
+# --- refusal
+
+
+def _require(checkpoint: Path, **settings) -> None:
+    require_memory(Checkpoint(checkpoint), EngineConfig(devices="cpu", **settings), CPU)
+
+
+def test_what_does_not_fit_is_refused_with_the_table(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "free_memory", lambda _: 100 * 10**6)
+    with pytest.raises(DeviceMemoryError) as error:
+        _require(checkpoint, size="704*384", max_sessions=2)
+    sentence, *table, help_ = str(error.value).splitlines()
+    assert sentence.startswith("cpu: this needs ")
+    assert sentence.endswith(" of memory, 0.10 GB are free")
+    assert [line.split("  ")[1] for line in table] == [
+        *("network", "text encoder", "audio encoder", "VAE", "rings", "sinks", "text keys", "audio states"),
+        *("VAE history", "time modulation", "static inputs", "working memory", "total"),
+    ]
+    assert help_.startswith("what would help: kv_precision fp8 (")
+    assert ", precision fp8 (" in help_
+    assert ", 1 session (" in help_
+    assert help_.endswith(", a smaller size")
+    assert "offload" not in help_
+
+
+def test_what_would_help_on_a_gpu(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "free_memory", lambda _: 0)
+    with pytest.raises(DeviceMemoryError, match="cuda: this needs") as error:
+        require_memory(Checkpoint(checkpoint), EngineConfig(precision="fp8", kv_precision="fp8", size="64x64"), GPU)
+    assert "what would help: offload vae (" in str(error.value)
+
+
+def test_offloaded_weights_must_fit_the_host(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "free_memory", lambda _: 10**15)
+    monkeypatch.setattr(budget, "available_memory", lambda: 1000)
+    with pytest.raises(DeviceMemoryError, match="(?s)host: offloaded weights need .*offload less of text_encoder"):
+        require_memory(Checkpoint(checkpoint), EngineConfig(size="64x64"), GPU)
+
+
+def test_an_engine_refuses_before_it_loads(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "free_memory", lambda _: 10**6)
+    for loader in ("load_network", "load_offloadable_vae"):
+        monkeypatch.setattr(engine_module, loader, lambda *_: pytest.fail("something was loaded"))
+    with pytest.raises(DeviceMemoryError, match="this needs"):
+        Engine.from_pretrained(checkpoint, config=EngineConfig(size="64x64", devices="cpu"))
+
+
+def test_a_system_that_tells_nothing_refuses_nothing(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    assert (available_memory() or 0) > 10**8
+    monkeypatch.setattr(budget, "_MEMINFO", tmp_path / "none")
+    assert available_memory() is None
+    _require(checkpoint, size="4096x4096", max_sessions=100)
+    (tmp_path / "none").write_text("MemTotal: 100 kB\nMemAvailable:      20 kB\n")
+    assert available_memory() == 20 * 1024
+    with pytest.raises(DeviceMemoryError):
+        _require(checkpoint, size="64x64")
+
+
+def test_an_area_for_square_pictures_only_is_accepted(checkpoint: Path) -> None:
+    _require(checkpoint, size=TINY_AREA)
+
+
+def test_damage_is_found_first(checkpoint: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    (copy / TEXT_ENCODER).write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match="not a PyTorch file"):
+        _require(copy)
+
+
+def test_the_table_is_plain_text() -> None:
+    rows = (MemoryRow("network", 17_230_000_000, "in e4m3"), MemoryRow("a", 1_500_000))
+    assert MemoryEstimate(rows).table().splitlines() == [
+        "  network   17.23 GB  in e4m3",
+        "  a          1.50 MB",
+        "  total     17.23 GB",
+    ]
