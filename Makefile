@@ -14,11 +14,12 @@ VENV := .venv
 STAMP := $(VENV)/.setup-done
 CHECKPOINT := build/tiny-checkpoint
 # GPU machines may have no network: there, an interpreter that has torch already runs the checkout as it lies.
-GPU_PYTEST = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" RESULTS="$(RESULTS)" "$(GPU_PYTHON)" -m pytest -q -m gpu tests/gpu
+GPU_RUN = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" "$(GPU_PYTHON)"
+GPU_BENCH = mkdir -p "$(RESULTS)" && $(GPU_RUN) -m liveavatar_engine.bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format endurance aot csrc test-gpu gpu-gate bench-kernels clean
+.PHONY: help setup demo test lint format endurance aot csrc test-gpu gpu-gate gpu-compare bench-kernels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -75,14 +76,16 @@ csrc: $(STAMP) ## compile csrc/ for Hopper GPUs into the checkout and look at th
 	$(VENV)/bin/python csrc/sass_report.py build/csrc
 
 test-gpu: ## run the GPU tests with GPU_PYTHON (default python3), which must have torch; installs nothing
-	$(GPU_PYTEST) $(ARGS)
+	$(GPU_RUN) -m pytest -q -m gpu tests/gpu $(ARGS)
 
-gpu-gate: ## what must pass on a GPU before a release: the GPU tests, their report in RESULTS (bench/results)
-	mkdir -p "$(RESULTS)"
-	$(GPU_PYTEST) --junit-xml="$(RESULTS)/gpu-tests.xml" $(ARGS)
+gpu-gate: ## before a release, on a GPU: build, GPU tests, kernels, step, vae, stream, into RESULTS (ARGS="--again")
+	$(GPU_RUN) -m bench.gate --results "$(RESULTS)" $(ARGS)
+
+gpu-compare: ## time the reference's own code beside the engine, on a GPU (REFERENCE=its checkout); writes RESULTS/compare.*
+	$(GPU_BENCH) compare --reference "$(REFERENCE)" --json "$(RESULTS)/compare.json" --html "$(RESULTS)/compare.html" $(ARGS)
 
 bench-kernels: ## check and time every kernel at the 14B model's sizes with GPU_PYTHON; writes RESULTS/kernels.json
-	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" "$(GPU_PYTHON)" -m bench.kernels --json "$(RESULTS)/kernels.json" $(ARGS)
+	$(GPU_BENCH) kernels --json "$(RESULTS)/kernels.json" $(ARGS)
 
 clean: ## remove what was built (.venv stays)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.mp4 kernels/liveavatar_kernels/_C*

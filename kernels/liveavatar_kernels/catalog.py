@@ -21,7 +21,8 @@ OPS = (
     "modulated_norm",
     "fp8_quantize",
     "fp8_linear",
-    "rms_norm_silu",
+    "causal_conv3d",
+    "channel_norm",
 )
 """Names of the ops, each a package with a function of that name."""
 _KERNEL_MODULES = ("kernel", "gluon")

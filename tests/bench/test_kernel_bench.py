@@ -15,13 +15,17 @@ from liveavatar_kernels.model_sizes import WAN_14B
 from rich.console import Console
 from support import CPU
 
-from bench import kernels
-from bench.kernel_bench import choose, report, rows, subjects, targets, timing
-from bench.kernel_bench.checks import Error, Finding, Outputs, duplicate, poisoned_memory
-from bench.kernel_bench.rows import Limits, Row, failures, fastest, limits_of, timed, with_ratios, write_atomically
-from bench.kernel_bench.runner import Conditions, run_case
-from bench.kernel_bench.subjects import ONE_BUFFER, SUBJECTS, Subject
-from bench.kernel_bench.timing import Ceilings, Launcher, Summary, launcher, measure, sets_beyond_cache
+from liveavatar_engine.bench import bench, command
+from liveavatar_engine.bench.environment import Environment
+from liveavatar_engine.bench.files import check_writable, write_atomically
+from liveavatar_engine.bench.kernels import choose, report, rows, subjects, suite, targets, timing
+from liveavatar_engine.bench.kernels.checks import Error, Finding, Outputs, duplicate, poisoned_memory
+from liveavatar_engine.bench.kernels.rows import Limits, Row, failures, fastest, limits_of, timed, with_ratios
+from liveavatar_engine.bench.kernels.runner import Conditions, run_case
+from liveavatar_engine.bench.kernels.subjects import ONE_BUFFER, SUBJECTS, Subject
+from liveavatar_engine.bench.kernels.timing import Ceilings, Launcher, Summary, launcher, measure, sets_beyond_cache
+from liveavatar_engine.bench.schema import validate
+from liveavatar_engine.errors import OutputError
 
 DENSE = subjects.RING_ATTENTION.cases[0]
 E4M3 = next(case for case in subjects.RING_ATTENTION.cases if case.quantized)
@@ -161,7 +165,15 @@ class TestTiming:
 
     def test_ceilings(self) -> None:
         found = timing.measure_ceilings(CPU, FakeClock(us=1.0), 5, copy_bytes=2_000_000, side=100)
-        assert found == Ceilings(copy_gbps=2000.0, matmul_tflops=2.0)
+        assert found == Ceilings(copy_gbps=2000.0, matmul_tflops=2.0, e4m3_tflops=None, dtype="fp32")
+
+    def test_a_cpu_has_a_clock_of_its_own(self) -> None:
+        clock, calls = timing.clock_of(CPU), []
+        assert len(clock.times(lambda: calls.append(0), 3)) == len(calls) == 3
+        assert min(clock.times(lambda: torch.randn(64, 64).exp(), 3)) > 0
+        assert not clock.reads_the_device(lambda: calls.append(0))
+        with pytest.raises(RuntimeError, match="a CPU has no graphs"):
+            clock.capture(lambda: None)
 
 
 class TestRunner:
@@ -181,7 +193,7 @@ class TestRunner:
     def test_truths_are_not_timed_unasked(self) -> None:
         (found,) = (
             one
-            for one in run_case(subjects.RMS_NORM_SILU, subjects.RMS_NORM_SILU.cases[0], conditions())
+            for one in run_case(subjects.CHANNEL_NORM, subjects.CHANNEL_NORM.cases[0], conditions())
             if one.implementation == "reference"
         )
         assert (found.status, found.us) == (rows.SKIPPED, None)
@@ -214,7 +226,7 @@ class TestRunner:
         ids=["wrong", "unwritten", "shape", "raises"],
     )
     def test_what_is_wrong_gets_no_time(self, change: Callable[[torch.Tensor], Any], status: str) -> None:
-        real = subjects.RMS_NORM_SILU
+        real = subjects.CHANNEL_NORM
         broken = dataclasses.replace(real, run=lambda *given: (change(real.run(*given)[0]),))
         clock = FakeClock()
         found = run_case(broken, real.cases[0], conditions("reference", clock=clock))
@@ -222,13 +234,13 @@ class TestRunner:
         assert (one.status, one.us, one.ratio) == (status, None, None)
         assert clock.runs == 0
         (sentence,) = failures(found)
-        assert sentence.startswith("rms_norm_silu, 2x3x17 positions of 96, full size, reference: ")
+        assert sentence.startswith("channel_norm, 2x3x17 positions of 96, alone, reference: ")
 
     def test_what_cannot_be_checked_gets_no_time(self) -> None:
         def judge(*_: Any) -> Any:
             raise RuntimeError("out of memory")
 
-        broken = dataclasses.replace(subjects.RMS_NORM_SILU, judge=judge)
+        broken = dataclasses.replace(subjects.CHANNEL_NORM, judge=judge)
         found = run_case(broken, broken.cases[0], conditions("reference"))
         (sentence,) = failures(found)
         assert sentence.endswith("unchecked: the reference or the yardstick failed: RuntimeError: out of memory")
@@ -250,10 +262,10 @@ class TestRunner:
     def test_refusals_are_rows(self) -> None:
         import interpreter  # noqa: F401
 
-        found = run_case(subjects.RMS_NORM_SILU, subjects.RMS_NORM_SILU.cases[3], conditions("triton"))
+        found = run_case(subjects.CHANNEL_NORM, subjects.CHANNEL_NORM.cases[3], conditions("triton"))
         assert next(one for one in found if one.implementation == "triton").status == rows.MEASURED
         double = conditions("triton", dtype=torch.float64)
-        found = run_case(subjects.RMS_NORM_SILU, subjects.RMS_NORM_SILU.cases[3], double)
+        found = run_case(subjects.CHANNEL_NORM, subjects.CHANNEL_NORM.cases[3], double)
         (refused,) = (one for one in found if one.implementation == "triton")
         assert refused.status == rows.REFUSED
         assert "no float64" in str(refused.reason)
@@ -318,24 +330,15 @@ class TestRows:
         ]
         assert failures(broken) == ["op, case, cudnn: wrong: why"]
 
-    def test_json_holds_everything(self) -> None:
-        measured = timed(row(us=None, bytes=100), Summary(1.0, 1.0, 1.0), None, None)
-        verdicts = targets.judge([], WAN_14B)
-        found = json.loads(rows.as_json({"commit": "abc"}, Ceilings(1.0, 2.0), [measured], verdicts))
-        assert found["environment"] == {"commit": "abc"}
-        assert found["ceilings"] == {"copy_gbps": 1.0, "matmul_tflops": 2.0}
-        assert found["rows"][0] == {**dataclasses.asdict(measured), "checks": []}
-        assert {one["verdict"] for one in found["targets"]} == {targets.NOT_MEASURED}
-
     def test_files_are_replaced_as_a_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        path = tmp_path / "results" / "kernels.json"
+        path = tmp_path / "kernels.json"
         write_atomically(path, "old")
 
         def fail(*_: Any) -> None:
             raise OSError("disk full")
 
         monkeypatch.setattr(Path, "replace", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(OutputError, match="cannot write .*disk full"):
             write_atomically(path, "new")
         assert path.read_text() == "old"
         assert list(path.parent.iterdir()) == [path]
@@ -393,7 +396,7 @@ def linear_rows(us: dict[str, float], **changes: float) -> list[Row]:
 
 class TestChoices:
     def chosen(self, measured: list[Row]) -> list[dict[str, Any]]:
-        return choose.choose(measured, WAN_14B, "NVIDIA H200", "abc", "python -m bench.kernels --choose")
+        return choose.choose(measured, WAN_14B, "NVIDIA H200", "abc", "bench kernels --choose")
 
     def test_the_fastest_on_average_is_chosen(self) -> None:
         found = self.chosen(linear_rows({"triton": 100.0, "cublaslt": 90.0, "reference": 1.0}, cublaslt=200.0))
@@ -405,7 +408,7 @@ class TestChoices:
         ]
         assert found[0]["measured"] == {
             "commit": "abc",
-            "command": "python -m bench.kernels --choose",
+            "command": "bench kernels --choose",
             "us": {"triton": 100.0, "cublaslt": 145.0},
         }
 
@@ -439,35 +442,42 @@ class TestCommand:
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert kernels.main(["--json", str(tmp_path / "out.json")]) == 2
+        assert command.main(["kernels", "--json", str(tmp_path / "out.json")]) == 2
         said = capsys.readouterr()
         assert said.out == ""
-        assert said.err.strip() == kernels.NO_DEVICE
+        assert said.err.strip().endswith(suite.NO_DEVICE)
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
         ("arguments", "complaint"),
         [
-            (["--op", "softmax"], "invalid choice: 'softmax'"),
             (["--implementations", "triton,fast"], "no implementation 'fast'; there are cublaslt"),
             (["--choose", "--quick"], "--choose needs every picture size"),
+            (["--sweep", "size=64x64"], "the suite kernels has its own sizes"),
         ],
     )
     def test_mistakes(self, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit) as stopped:
-            kernels.main(arguments)
-        assert stopped.value.code == 2
+        assert command.main(["kernels", *arguments]) == 2
         assert complaint in capsys.readouterr().err
 
+    def test_an_unknown_op_is_a_mistake(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            command.main(["kernels", "--op", "softmax"])
+        assert stopped.value.code == 2
+        assert "invalid choice: 'softmax'" in capsys.readouterr().err
+
     def test_selection(self) -> None:
-        everything = kernels.selected([], "", quick=False)
+        everything = suite.selected([], "", quick=False)
         assert {subject.name for subject, _ in everything} == {subject.name for subject in SUBJECTS}
         assert len({(subject.name, case.name) for subject, case in everything}) == len(everything)
-        assert 2 * len(kernels.selected([], "", quick=True)) == len(everything)
-        linear = kernels.selected(["fp8_linear"], "3375 TOKENS", quick=False)
+        quick = suite.selected([], "", quick=True)
+        assert {subject.name for subject, _ in quick} == {subject.name for subject in SUBJECTS}
+        assert 2 * len(quick) <= len(everything)
+        assert {case.tokens for _, case in quick if hasattr(case, "tokens")} == {3375}
+        linear = suite.selected(["fp8_linear"], "3375 TOKENS", quick=False)
         assert {subject.name for subject, _ in linear} == {"fp8_linear", "fp8_quantize + fp8_linear"}
         assert {case.tokens for _, case in linear} == {3375}
-        assert kernels.selected([], "nothing like it", quick=False) == []
+        assert suite.selected([], "nothing like it", quick=False) == []
 
     @pytest.fixture
     def gpu(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
@@ -492,44 +502,50 @@ class TestCommand:
                 for one, us in zip(found, times, strict=True)
             ]
 
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
-        monkeypatch.setattr(kernels, "cache_bytes", lambda device: 1)
-        monkeypatch.setattr(kernels, "measure_ceilings", lambda *_: Ceilings(4300.0, 790.0))
-        monkeypatch.setattr(kernels, "run_case", fake)
+        environment = Environment("bench", "abc", False, "NVIDIA H200", "cuda", [9, 0], 1, {"torch": "2"}, "2026")
+        monkeypatch.setattr(command, "resolve_device", lambda names: torch.device("cuda", 0))
+        monkeypatch.setattr(command, "describe", lambda *_: environment)
+        monkeypatch.setattr(bench, "measure_ceilings", lambda *_: Ceilings(4300.0, 790.0))
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(suite, "cache_bytes", lambda device: 1)
+        monkeypatch.setattr(suite, "run_case", fake)
         monkeypatch.setattr(choose, "PATH", table)
         return seen
 
     def test_all_of_it(self, gpu: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         gpu["us"] = {"triton": 5.0}
-        out = tmp_path / "new" / "kernels.json"
-        assert kernels.main(["--json", str(out), "--commit", "abc", "--choose"]) == 0
+        out, page = tmp_path / "kernels.json", tmp_path / "kernels.html"
+        assert command.main(["kernels", "--json", str(out), "--html", str(page), "--choose"]) == 0
         said = capsys.readouterr()
         found = json.loads(out.read_text())
-        assert found["environment"]["commit"] == "abc"
-        assert found["environment"]["device"] == "NVIDIA H200"
-        assert {"torch", "triton", "cuda", "command"} <= set(found["environment"])
-        assert {one["ratio"] for one in found["rows"] if one["op"] == "ring_attention"} == {1.0, 2.0}
-        assert found["targets"][0]["verdict"] == targets.MET
+        assert validate(found) == []
+        (run,) = found["runs"]
+        assert (found["environment"]["commit"], found["environment"]["device"]) == ("abc", "NVIDIA H200")
+        assert {one["ratio"] for one in run["rows"] if one["op"] == "ring_attention"} == {1.0, 2.0}
+        assert run["figures"]["attention_bf16_ratio"]["value"] == 2.0
+        assert "target 1, met: attention in bf16" in run["notes"][0]
         assert "FP8 GEMM with the quantise pass" in said.out
-        assert "[1/56, " in said.err
+        assert f"[1/{len(suite.selected([], '', quick=False))}, " in said.err
         assert "4 choices written" in said.err
         assert len(json.loads(gpu["choices"].read_text())) == 4
+        assert "times as fast as the best library call" in page.read_text()
 
     def test_what_is_wrong_ends_with_1(self, gpu: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
         gpu["status"] = rows.WRONG
-        assert kernels.main(["--op", "ring_write", "--quick"]) == 1
+        assert command.main(["kernels", "--op", "ring_write", "--quick"]) == 1
         said = capsys.readouterr()
-        assert "NOT RIGHT: ring_write, 3375 tokens, triton: wrong: why" in said.err
+        assert "not right: ring_write, 3375 tokens, triton: wrong: why" in said.out
         assert " us" not in said.err.partition("ring_write")[2]
 
     def test_what_was_measured_is_kept_when_the_machine_goes(
-        self, gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+        self,
+        gpu: dict[str, Any],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        tmp_path: Path,
     ) -> None:
-        fake, calls = kernels.run_case, []
+        fake, calls = suite.run_case, []
 
         def fails_later(*given: Any) -> list[Row]:
             calls.append(given)
@@ -537,26 +553,34 @@ class TestCommand:
                 raise KeyboardInterrupt
             return fake(*given)
 
-        monkeypatch.setattr(kernels, "run_case", fails_later)
+        monkeypatch.setattr(suite, "run_case", fails_later)
         out = tmp_path / "kernels.json"
-        with pytest.raises(KeyboardInterrupt):
-            kernels.main(["--op", "fp8_linear", "--json", str(out)])
+        assert command.main(["kernels", "--op", "fp8_linear", "--json", str(out)]) == 130
+        assert f"interrupted; {out} holds what was finished" in capsys.readouterr().err
         found = json.loads(out.read_text())
-        assert found["environment"]["cases"] == "2 of 16"
-        assert [one["ratio"] for one in found["rows"]] == [1.0] * 4
+        assert validate(found) == []
+        assert not found["complete"]
+        assert found["runs"][0]["settings"]["cases"] == "2 of 16 cases"
 
     def test_no_such_case(self, gpu: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-        assert kernels.main(["--filter", "nothing like it"]) == 2
-        assert capsys.readouterr().err.strip().endswith("no case has such a name")
+        assert command.main(["kernels", "--filter", "nothing like it"]) == 2
+        assert "no case has 'nothing like it' in its name" in capsys.readouterr().err
 
     def test_nothing_to_choose_ends_with_1(self, gpu: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-        assert kernels.main(["--op", "ring_write", "--choose"]) == 1
-        assert "nothing was chosen" in capsys.readouterr().err
+        assert command.main(["kernels", "--op", "ring_write", "--choose"]) == 1
+        assert "nothing was chosen" in capsys.readouterr().out
         assert gpu["choices"].read_text() == "[]"
 
-    def test_commit_of_the_checkout(self) -> None:
-        commit = kernels._commit()
-        assert commit == "unknown" or len(commit.removesuffix("-dirty")) == 40
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("", "it is a directory"), ("no/file.json", "does not exist; create it first"), ("file/x", "is not a folder")],
+)
+def test_paths_that_cannot_be_written_are_named(name: str, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=complaint):
+        check_writable(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_tables_tell_what_ran_and_what_did_not() -> None:

@@ -13,9 +13,10 @@ import torch
 from liveavatar_kernels import KernelUnavailableError
 from liveavatar_kernels.model_sizes import WAN_14B
 
-from bench.kernel_bench.checks import Arguments, Judge, Outputs, bits, duplicate
-from bench.kernel_bench.rows import TRUTHS
-from bench.kernel_bench.subjects import (
+from liveavatar_engine.bench.kernels.checks import Arguments, Judge, Outputs, bits, duplicate
+from liveavatar_engine.bench.kernels.rows import TRUTHS
+from liveavatar_engine.bench.kernels.subjects import (
+    CROSS_ATTENTION,
     MODULATED_NORM,
     ONE_BUFFER,
     PAIR,
@@ -25,7 +26,7 @@ from bench.kernel_bench.subjects import (
     Candidate,
     Subject,
 )
-from bench.kernel_bench.timing import CudaClock
+from liveavatar_engine.bench.kernels.timing import CudaClock
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 GPU = torch.device("cuda:0")
@@ -137,6 +138,9 @@ def _others(number: int) -> tuple[Any, Arguments]:
         case = replace(case, start=0 if case.start else free if case.quantized else case.cache_tokens - 1)
     if subject is MODULATED_NORM and case.ends:
         case = replace(case, ends=(*(end // 2 for end in case.ends[:-1]), case.ends[-1]))
+    if subject is CROSS_ATTENTION:
+        views = ((case.slots - 1 - slot, tokens // 2, padding + 1) for slot, tokens, padding in case.views)
+        case = replace(case, views=tuple(views))
     arguments = subject.arguments(case, dtype, GPU, 1)
     if subject is RING_WRITE:
         arguments["at"][0] = 0

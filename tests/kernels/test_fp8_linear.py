@@ -319,7 +319,7 @@ ROW = {
     "gelu": False,
     "quantized": False,
     "implementation": "cuda",
-    "measured": {"commit": "0" * 40, "command": "python -m bench.kernels", "us": {"cuda": 1.0, "triton": 2.0}},
+    "measured": {"commit": "0" * 40, "command": "bench kernels", "us": {"cuda": 1.0, "triton": 2.0}},
 }
 
 

@@ -1,0 +1,170 @@
+"""What all suites of a command share: device, clock, ceilings, weights."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..pipeline.device import resolve_precision
+from ..pipeline.engine import Engine
+from ..vae.vae import Vae, load_vae
+from ..weights.layout import Checkpoint
+from ..weights.presets import PRESETS
+from .environment import Environment
+from .kernels.rows import Limits, limits_of
+from .kernels.timing import Ceilings, clock_of, measure_ceilings
+from .parts import RandomParts
+from .settings import Settings
+
+_CEILING_REPEATS = 30
+
+
+class Bench:
+    """A device to measure on.
+
+    Args:
+        device: resolved.
+        environment: of the report.
+        progress: where to say what is going on; nothing else is printed.
+    """
+
+    def __init__(self, device: torch.device, environment: Environment, progress: Console) -> None:
+        self.device, self.environment, self._progress = device, environment, progress
+        self.clock = clock_of(device)
+        self.limits: Limits | None = limits_of(environment.device)
+        self._parts: tuple[tuple[Any, ...], RandomParts] | None = None
+
+    @cached_property
+    def ceilings(self) -> Ceilings:
+        """What the device really does, measured at first use; nothing else should be running."""
+        found = measure_ceilings(self.device, self.clock, _CEILING_REPEATS)
+        e4m3 = "" if found.e4m3_tflops is None else f", an e4m3 product {found.e4m3_tflops:,.0f}"
+        self.say(
+            f"{self.environment.device}: a copy moves {found.copy_gbps:,.1f} GB/s, a {found.dtype} product does "
+            f"{found.matmul_tflops:,.2f} TFLOP/s{e4m3}"
+        )
+        return found
+
+    @property
+    def measured_ceilings(self) -> Ceilings | None:
+        """The ceilings, if a suite has asked for them."""
+        return self.__dict__.get("ceilings")
+
+    def say(self, text: str) -> None:
+        """Tell the user, on the terminal's error stream."""
+        self._progress.print(text, markup=False, style="dim")
+
+    def engine(self, settings: Settings, **changes: Any) -> Engine:
+        """An engine at a point, with `changes` to its settings. Its caches are freed when nobody holds it any more.
+
+        Random weights are those of the engine before, where they are the same ones.
+
+        Raises:
+            ConfigError: the settings are not available.
+            CheckpointError: the checkpoint is not usable.
+            DeviceMemoryError: the device is too small.
+        """
+        config = settings.engine_config(**changes)
+        started = time.perf_counter()
+        if settings.checkpoint is not None:
+            self.forget()
+            engine = Engine.from_pretrained(settings.checkpoint, settings.lora, config)
+        else:
+            parts = self._random_parts(settings)
+            parts.require_memory(settings, config)
+            engine = Engine(config, parts.network, parts.vae, parts.text_encoder, parts.audio_encoder)
+        self.synchronize()
+        self.say(f"the weights are there, after {time.perf_counter() - started:.1f} s")
+        return engine
+
+    def vae(self, settings: Settings) -> Vae:
+        """The VAE of a point alone, in its precision.
+
+        Raises:
+            CheckpointError: the checkpoint is not usable.
+        """
+        if settings.checkpoint is None:
+            return self._random_parts(settings).vae
+        precision = resolve_precision(settings.engine_config(), self.device)
+        return load_vae(Checkpoint(Path(settings.checkpoint)).vae, precision.dtype, self.device)
+
+    def _random_parts(self, settings: Settings) -> RandomParts:
+        assert settings.preset is not None
+        config = settings.engine_config()
+        key = (settings.preset, config.precision, settings.seed)
+        if self._parts is None or self._parts[0] != key:
+            self.forget()
+            preset, precision = PRESETS[settings.preset], resolve_precision(config, self.device)
+            self._parts = key, RandomParts(preset, precision, self.device, settings.seed)
+        return self._parts[1]
+
+    def forget(self) -> None:
+        """Free the weights."""
+        self._parts = None
+        self.free()
+
+    def free(self) -> None:
+        """Give what nobody holds back to the device."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done everything."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def restart_memory(self) -> None:
+        """Let `memory_bytes` forget earlier peaks of a GPU."""
+        self.free()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @property
+    def memory_label(self) -> str:
+        """What `memory_bytes` is."""
+        return "device memory, peak of tensors" if self.device.type == "cuda" else "memory of the process (RSS)"
+
+    def memory_bytes(self) -> int:
+        """Of a GPU, most that tensors have held since `restart_memory`; of a CPU, what the process holds now."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class Marks:
+    """Points in time on the device's own clock, read once it has passed them all."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def clear(self) -> None:
+        """Forget all marks."""
+        self._marks.clear()
+
+    def mark(self) -> None:
+        """Remember this moment of what is put on the device."""
+        if not self._on_gpu:
+            self._marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append(event)
+
+    def intervals_ms(self) -> list[float]:
+        """Milliseconds between neighbours; waits for the device."""
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        if not self._on_gpu:
+            return [(end - start) * 1e3 for start, end in pairs]
+        if self._marks:
+            self._marks[-1].synchronize()
+        return [start.elapsed_time(end) for start, end in pairs]

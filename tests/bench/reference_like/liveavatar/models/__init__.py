@@ -1,0 +1,1 @@
+raise ImportError("a pipeline lives here: compare must not run it")
