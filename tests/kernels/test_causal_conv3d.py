@@ -1,5 +1,6 @@
 """The VAE's convolutions, by every implementation."""
 
+import math
 from typing import Any
 from unittest import mock
 
@@ -89,7 +90,10 @@ def test_as_exact_as_torch_at_that_precision(case: Case, dtype: torch.dtype, imp
     assert y.dtype == dtype
     assert y.shape == case.y_shape
     assert y.is_contiguous()
-    assert relative_error(y, exact) <= TIMES_WORSE * relative_error(in_torch(arguments), exact)
+    allowed = TIMES_WORSE * relative_error(in_torch(arguments), exact)
+    if dtype == torch.float32:
+        allowed = max(allowed, math.sqrt(arguments["weight"][0].numel()) * 2**-24)  # a sum, term by term
+    assert relative_error(y, exact) <= allowed
 
 
 @by_implementation
@@ -294,7 +298,6 @@ def test_nothing_is_computed_in_vain_at_the_models_sizes() -> None:
 
 def test_the_two_last_levels_are_most_of_the_work() -> None:
     """9.7 TFLOP each in six convolutions, a block at 704x384."""
-    widest = {case.form: case for case in model_cases(WAN_14B) if case.height * case.width <= 704 * 384}
-    for level in ("level 2", "level 3"):
-        assert 6 * widest[level].flops == pytest.approx(9.7e12, rel=0.01)
-    assert widest["level 3"].x_shape == (14, 384, 704, 96)
+    half, full = (case for case in model_cases(WAN_14B)[:17] if case.form in ("level 2", "level 3"))
+    assert 6 * half.flops == 6 * full.flops == pytest.approx(9.7e12, rel=0.01)
+    assert full.x_shape == (14, 384, 704, 96)

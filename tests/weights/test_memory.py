@@ -24,7 +24,7 @@ from liveavatar_engine.vae.layers import History
 from liveavatar_engine.vae.vae import Vae, load_vae
 from liveavatar_engine.weights import budget
 from liveavatar_engine.weights.budget import available_memory, part_sizes, require_memory
-from liveavatar_engine.weights.create import _audio_config, checkpoint_tensors
+from liveavatar_engine.weights.create import audio_config, checkpoint_tensors
 from liveavatar_engine.weights.layout import AUDIO_ENCODER, TEXT_ENCODER, VAE, Checkpoint
 from liveavatar_engine.weights.memory import MemoryEstimate, MemoryRow, PartSizes, predict_memory, stream_geometry
 from liveavatar_engine.weights.network import empty_network, load_network
@@ -192,7 +192,7 @@ def test_working_memory_of_a_prompt_is_near_the_truth() -> None:
 def test_working_memory_of_speech_is_near_the_truth() -> None:
     preset = PRESETS["14b"]
     with META:
-        encoder = Wav2Vec2Model(_audio_config(preset)).eval()
+        encoder = Wav2Vec2Model(audio_config(preset)).eval()
         speech = torch.zeros(1, 16_000 * GLOBAL_SECONDS)
     with PeakMemory("meta") as memory:
         output = encoder(speech, output_hidden_states=True)

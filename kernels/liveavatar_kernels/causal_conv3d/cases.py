@@ -154,5 +154,5 @@ CASES = (
     Case("rows alone", 1, 9, 2, 24, 5, (2, 3, 1)),
     Case("one pixel", 1, 1, 1, 4, 4),
     Case("pixels out", 2, 7, 13, 8, 3, bias=True, pixels=True),
-    Case("a dozen frames", 12, 2, 3, 4, 8, bias=True),
+    Case("a dozen frames", 12, 2, 3, 4, 8, (1, 1, 3), bias=True),
 )
