@@ -11,6 +11,7 @@ from typing import Any
 from ..config import EngineConfig, ModelConfig, Size, StreamGeometry
 from ..config.engine import PRECISIONS
 from ..errors import ConfigError
+from ..weights.conversion import settled
 from ..weights.layout import CONFIG
 from ..weights.presets import PRESETS
 
@@ -61,10 +62,11 @@ class Settings:
         self.geometry()
 
     def engine_config(self, **changes: Any) -> EngineConfig:
-        """The engine's settings, with `changes`.
+        """The engine's settings, with `changes`, and with what a converted checkpoint decides.
 
         Raises:
-            ConfigError: they are not available, or contradict each other.
+            ConfigError: they are not available, or contradict each other or the checkpoint.
+            CheckpointError: the checkpoint has no usable `config.json`.
         """
         chosen = {
             "size": self.size,
@@ -76,10 +78,13 @@ class Settings:
             "graphs": self.graphs,
             "motion_tokens": self.motion_tokens,
             "features": "windowed",
-            **({} if self.kv_mode == "timestep" else {"kv_mode": self.kv_mode}),
+            "kv_mode": self.kv_mode,
             **changes,
         }
-        return EngineConfig.from_mapping(chosen)
+        config = EngineConfig.from_mapping(chosen)
+        if self.checkpoint is None:
+            return config
+        return settled(config, Path(self.checkpoint), None if self.lora is None else Path(self.lora))
 
     def model(self) -> ModelConfig:
         """The network's sizes.

@@ -1,11 +1,13 @@
 """Points and sweeps."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from liveavatar_engine.bench.settings import Settings, exact_size, parse_sweep, sweep_points
 from liveavatar_engine.errors import ConfigError
+from liveavatar_engine.weights.convert import convert_checkpoint
 
 
 def settings(**changes: Any) -> Settings:
@@ -93,3 +95,11 @@ class TestSweep:
     def test_a_point_that_cannot_be_is_named(self) -> None:
         with pytest.raises(ConfigError, match=r"--sweep, at precision=fp32, kv_precision=bf16: kv_precision with"):
             sweep_points(settings(), parse_sweep(["precision=auto,fp32", "kv_precision=bf16"]))
+
+
+def test_a_converted_checkpoint_decides_the_precision(checkpoint: Path, tmp_path: Path) -> None:
+    convert_checkpoint(checkpoint, tmp_path / "fp8")
+    point = settings(preset=None, checkpoint=str(tmp_path / "fp8"))
+    assert point.engine_config().precision == "fp8"
+    with pytest.raises(ConfigError, match="must be fp8 or auto"):
+        settings(preset=None, checkpoint=str(tmp_path / "fp8"), precision="bf16")
