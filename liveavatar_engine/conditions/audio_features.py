@@ -42,6 +42,9 @@ class Features(Protocol):
     def block(self, index: int) -> Tensor | None:
         """float32 [actors, layers, dim, columns_per_block], zero past the end; None behind the last block."""
 
+    def ready(self, index: int) -> bool:
+        """Whether `block` would return without waiting for audio."""
+
     @property
     def columns(self) -> int | None:
         """Video frames that the audio lasts, rounded up; None until its end has been seen."""
@@ -64,6 +67,9 @@ class GlobalFeatures:
         first = index * self._columns_per_block
         assert self.columns is not None
         return pick_columns(self._features, first, self._columns_per_block)[None] if first < self.columns else None
+
+    def ready(self, index: int) -> bool:
+        return True
 
 
 def window_samples(columns_per_block: int) -> int:
@@ -108,6 +114,9 @@ class WindowedFeatures:
             columns[:, :, past.index(True) :] = 0
         return columns[None]
 
+    def ready(self, index: int) -> bool:
+        return self._speech.holds((index + 1) * self._columns_per_block * SAMPLES_PER_COLUMN + LOOK_AHEAD)
+
     def _past_the_end(self, feature: int) -> bool:
         total = self._speech.total
         return total is not None and feature >= state_moments(total) * FEATURE_RATE // STATE_RATE
@@ -131,3 +140,6 @@ class ActorFeatures:
             return None
         silence = torch.zeros_like(present[0])
         return torch.cat([silence if block is None else block for block in blocks])
+
+    def ready(self, index: int) -> bool:
+        return all(actor.ready(index) for actor in self._actors)

@@ -31,6 +31,10 @@ class Speech(ABC):
         """Samples in memory."""
         return self._stop - self._start
 
+    def holds(self, stop: int) -> bool:
+        """Whether a read up to `stop` would return without waiting."""
+        return True
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Samples start..stop - 1, fewer where the speech ends; waits for them where it has to.
 
@@ -89,6 +93,10 @@ class LiveSpeech(Speech):
                 raise SessionError("push_audio after end_audio: the stream has ended")
             self._inbox.append(converted)
             self._changed.notify_all()
+
+    def holds(self, stop: int) -> bool:
+        with self._changed:
+            return self._finished or self._stop + sum(map(len, self._inbox)) >= stop
 
     def end(self) -> None:
         """Announce that no more samples come."""

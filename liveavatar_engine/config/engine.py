@@ -55,6 +55,8 @@ class EngineConfig:
             share one ring, whose keys and values come from one more evaluation of the finished latents.
         sequence_parallel: GPUs that share one timestep.
         max_sessions: sessions that can be open at the same time.
+        early_first_frame: deliver the first latent's frames as a chunk of their own, before the rest of the first block
+            is decoded.
         offload: parts whose weights stay in host memory and visit the GPU only while they are used: "text_encoder",
             layer by layer, when a session opens; "vae", for every block. The results are the same. On a CPU it means
             nothing.
@@ -75,6 +77,7 @@ class EngineConfig:
     kv_mode: str = "timestep"
     sequence_parallel: int = 1
     max_sessions: int = 1
+    early_first_frame: bool = False
     offload: tuple[str, ...] = ("text_encoder",)
 
     def __post_init__(self) -> None:
@@ -87,7 +90,7 @@ class EngineConfig:
         self._check_count("steps", 1, 1000)
         self._check_count("max_sessions", 1, 1024)
         self._check_count("sequence_parallel", 1, 64)
-        for name in ("motion_tokens", "graphs"):
+        for name in ("motion_tokens", "graphs", "early_first_frame"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.sink_distance != "random":

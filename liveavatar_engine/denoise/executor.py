@@ -90,7 +90,7 @@ class StepExecutor:
         self._positions = StepPositions(geometry, self.arena.layout, steps, device, wide)
         self.prompts = Prompts(network, self.arena)
         self._prefill = SinkPrefill(network, geometry, self.arena, denoiser.sink_time, wide)
-        self._recorder = record_with or recorder(device, graphs)
+        self._recorder = record_with or recorder(device, graphs, urgent=True)
         self._lock = threading.RLock()
         self._casts: dict[tuple[int, bool], Cast] = {}
         self._latents = torch.zeros(steps + 1, *geometry.block_shape, dtype=wide, device=device)

@@ -39,9 +39,11 @@ from ..weights.conversion import settled
 from ..weights.layout import Checkpoint
 from ..weights.network import LoadProgress, load_network
 from . import inputs
+from .decoders import Decoders
 from .device import graphs_absent, log_kernels, resolve_device, resolve_precision
 from .offload import fetchers, load_offloadable_vae
 from .precision import LayerLoss, measured_losses
+from .production import ProductionParts
 from .session import Session, SessionParts
 
 if TYPE_CHECKING:
@@ -92,6 +94,7 @@ class Engine:
         self._free_slots = list(range(config.max_sessions))
         self._executor: StepExecutor | None = None
         self._window: AudioWindow | None = None
+        self._decoders = Decoders(vae, self._graphs)
 
     @classmethod
     def from_pretrained(
@@ -162,17 +165,10 @@ class Engine:
         try:
             executor.warm_up(actors, actors > 1 if masked is None else masked, slot)
             self._audio_window(geometry)
-            self._rehearse(geometry)
+            self._decoders.stream(geometry).close()
+            list(self._vae.encode(torch.zeros(1, 3, geometry.height, geometry.width)))
         finally:
             self._give_slot_back(slot)
-
-    def _rehearse(self, geometry: StreamGeometry) -> None:
-        """Run the other parts once, at their real sizes: libraries choose and load what they need."""
-        channels, frames, rows, columns = geometry.block_shape
-        decoder = self._vae.decoder_stream()
-        for count in (1, frames):
-            decoder.decode(torch.zeros(channels, count, rows, columns))
-        list(self._vae.encode(torch.zeros(1, 3, geometry.height, geometry.width)))
 
     def generate(
         self,
@@ -292,24 +288,32 @@ class Engine:
     def _open(self, scene: _Scene, features: Features, live: list[LiveSpeech], max_blocks: int | None) -> Session:
         """Encode the portrait and the prompt, take a slot and prefill its sink."""
         still = still_conditions(self._vae, scene.pixels.to(self.device))
-        decoder = self._vae.decoder_stream()
-        decoder.decode(still.priming)
         context = self._encode_prompt(scene.prompt)
         conditions = Conditions(context, still.reference, still.motion, scene.actor_mask)
         policy = SinkPolicy(self.config.sink_distance, self.config.sink_update_after, scene.seed)
         slot, executor = self._take_slot(scene.geometry)
         try:
             latents = open_stream(executor, slot, conditions, policy)
+            decoder = self._decoders.stream(scene.geometry)
+            decoder.skip(still.priming)
         except BaseException:
             self._give_slot_back(slot)
             raise
-        noise = BlockNoise(scene.geometry, scene.seed)
-        parts = SessionParts(
-            scene.geometry, features, noise, latents, decoder, scene.pose, live, encode_prompt=self._encode_prompt
+        production = ProductionParts(
+            scene.geometry,
+            features,
+            BlockNoise(scene.geometry, scene.seed),
+            latents,
+            decoder,
+            scene.pose,
+            early_first_frame=self.config.early_first_frame,
+            overlap=self.device.type == "cuda",
         )
+        parts = SessionParts(production, live, self._encode_prompt)
 
         def release() -> None:
             latents.close()
+            decoder.close()
             self._give_slot_back(slot)
 
         return Session(parts, release, max_blocks)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,32 +13,23 @@ from typing import Self
 import numpy as np
 from torch import Tensor
 
-from ..conditions.audio_features import Features
-from ..conditions.pose import PoseStream
 from ..conditions.speech import LiveSpeech
-from ..config import StreamGeometry
-from ..config.geometry import LATENT_FRAME_STRIDE
-from ..denoise.noise import BlockNoise
-from ..denoise.stream import LatentStream
 from ..errors import SessionError
 from ..frames import FrameChunk
-from ..vae.vae import DecoderStream, to_uint8
-from .timing import StageTimer
-
-PORTRAIT_FRAMES = LATENT_FRAME_STRIDE - 1
-"""Frames at the head of a stream that still show the portrait and are dropped, as in the reference."""
+from .production import Production, ProductionParts
 
 
 @dataclass(frozen=True)
 class SessionParts:
-    """What a session runs; made by the engine."""
+    """What a session runs; made by the engine.
 
-    geometry: StreamGeometry
-    features: Features
-    noise: BlockNoise
-    latents: LatentStream
-    decoder: DecoderStream
-    pose: PoseStream | None
+    Attributes:
+        production: what its chunks are made with.
+        live: speech that comes while it runs; empty for recordings.
+        encode_prompt: a prompt's context.
+    """
+
+    production: ProductionParts
     live: list[LiveSpeech]
     encode_prompt: Callable[[str], Tensor]
 
@@ -55,8 +45,7 @@ class Session:
     def __init__(self, parts: SessionParts, release: Callable[[], None], max_blocks: int | None = None) -> None:
         self._parts = parts
         self._max_blocks = max_blocks
-        self._block = self._taken = 0
-        self._finished: deque[Tensor] = deque()
+        self._production = Production(parts.production, max_blocks)
         self._closed = False
         self._running = threading.Lock()
         self.last_latents: Tensor | None = None
@@ -66,12 +55,12 @@ class Session:
     @property
     def height(self) -> int:
         """Of the frames, in pixels."""
-        return self._parts.geometry.height
+        return self._parts.production.geometry.height
 
     @property
     def width(self) -> int:
         """Of the frames, in pixels."""
-        return self._parts.geometry.width
+        return self._parts.production.geometry.width
 
     @property
     def closed(self) -> bool:
@@ -80,15 +69,15 @@ class Session:
     @property
     def seconds_per_block(self) -> float:
         """Seconds of video in a block."""
-        return self._parts.geometry.seconds_per_block
+        return self._parts.production.geometry.seconds_per_block
 
     @property
     def total_blocks(self) -> int | None:
         """Blocks of the whole stream, once the audio's end is known."""
-        columns = self._parts.features.columns
+        columns = self._parts.production.features.columns
         if columns is None:
             return self._max_blocks
-        blocks = -(-columns // self._parts.geometry.columns_per_block)
+        blocks = -(-columns // self._parts.production.geometry.columns_per_block)
         return blocks if self._max_blocks is None else min(blocks, self._max_blocks)
 
     def push_audio(self, samples: np.ndarray, actor: int = 0) -> None:
@@ -114,7 +103,7 @@ class Session:
         """
         if self.closed:
             raise SessionError("the session is closed")
-        self._parts.latents.change_prompt(self._parts.encode_prompt(prompt))
+        self._parts.production.latents.change_prompt(self._parts.encode_prompt(prompt))
 
     def frames(self) -> Iterator[FrameChunk]:
         """The chunks to come; the same as iterating over the session."""
@@ -137,7 +126,7 @@ class Session:
         chunk = None
         try:
             with self._running:
-                if not self._closed and self._block != self._max_blocks:
+                if not self._closed:
                     chunk = self._next_chunk()
         finally:
             if chunk is None:
@@ -171,47 +160,11 @@ class Session:
         self.close()
 
     def _next_chunk(self) -> FrameChunk | None:
-        parts, index = self._parts, self._block
-        timer = StageTimer(parts.latents.device)
-        while not self._finished and not self.closed:
-            if not self._take_block(timer):
-                with timer.stage("denoise"):
-                    self._finished.extend(parts.latents.drain())
-                break
-        if not self._finished:
+        made = self._production.next(lambda: self._closed)
+        if made is None:
             return None
-        latents = self._finished.popleft()
-        with timer.stage("decode"):
-            decoded = to_uint8(parts.decoder.decode(latents))
-        parts.noise.prepare(self._taken)
-        frames = decoded.cpu().numpy()
-        self.last_latents = latents
-        self._block += 1
-        return self._chunk(frames, index, timer.seconds())
-
-    def _take_block(self, timer: StageTimer) -> bool:
-        """Start on the next block; False when there is none."""
-        parts, index = self._parts, self._taken
-        if index == self._max_blocks:
-            return False
-        with timer.stage("audio"):
-            states = parts.features.block(index)
-        if states is None or self.closed:
-            return False
-        with timer.stage("denoise"):
-            pose = None if parts.pose is None else parts.pose.block(index)
-            self._finished.extend(parts.latents.push(parts.noise.block(index), states, pose))
-        self._taken += 1
-        return True
-
-    def _chunk(self, frames: np.ndarray, index: int, timings: dict[str, float]) -> FrameChunk:
-        """Cut the portrait's frames off the first block, and what lies past the audio off the last."""
-        columns_per_block = self._parts.geometry.columns_per_block
-        first = index * columns_per_block
-        head = PORTRAIT_FRAMES if index == 0 else 0
-        columns = self._parts.features.columns
-        tail = columns_per_block if columns is None else max(head + 1, min(columns_per_block, columns - first))
-        return FrameChunk(frames[head:tail], index, first + head, timings)
+        chunk, self.last_latents = made
+        return chunk
 
     def _live_speech(self, actor: int) -> LiveSpeech:
         live = self._parts.live

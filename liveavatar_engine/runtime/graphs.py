@@ -20,12 +20,19 @@ class Recorder(Protocol):
         """Return what does the work again and again; it may be done while it is recorded."""
         ...
 
-    def stream(self) -> AbstractContextManager[None]:
-        """Where work is recorded and replayed, after all that was enqueued before, and before all that follows."""
+    def stream(self, *, callers_wait: bool = True) -> AbstractContextManager[None]:
+        """Where work is recorded and replayed, after all that was enqueued before.
+
+        What callers enqueue later comes after it, too, if they wait.
+        """
         ...
 
     def hand_out(self, tensor: Tensor) -> Tensor:
         """A tensor made inside `stream`, for use after it."""
+        ...
+
+    def take_in(self, tensor: Tensor) -> Tensor:
+        """A tensor made outside of `stream`, for use inside, also when its owner forgets it."""
         ...
 
 
@@ -35,19 +42,27 @@ class PlainCalls:
     def record(self, work: Work) -> Work:
         return work
 
-    def stream(self) -> AbstractContextManager[None]:
+    def stream(self, *, callers_wait: bool = True) -> AbstractContextManager[None]:
         return nullcontext()
 
     def hand_out(self, tensor: Tensor) -> Tensor:
         return tensor
 
+    def take_in(self, tensor: Tensor) -> Tensor:
+        return tensor
+
 
 class CudaGraphs:
-    """Captures work; all graphs share one stream and one memory pool, so they must not run at the same time."""
+    """Captures work; all graphs share one stream and one memory pool, so they must not run at the same time.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: that they run on.
+        urgent: whether their work goes before that of other streams.
+    """
+
+    def __init__(self, device: torch.device, urgent: bool = False) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device, priority=-1 if urgent else 0)
         self._callers = torch.cuda.current_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -61,21 +76,27 @@ class CudaGraphs:
         return graph.replay
 
     @contextmanager
-    def stream(self) -> Iterator[None]:
+    def stream(self, *, callers_wait: bool = True) -> Iterator[None]:
         self._callers = callers = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(callers)
         try:
             with torch.cuda.stream(self._stream):
                 yield
         finally:
-            callers.wait_stream(self._stream)
+            if callers_wait:
+                callers.wait_stream(self._stream)
 
     def hand_out(self, tensor: Tensor) -> Tensor:
         """Keeps the allocator from giving its memory to this stream's work while the callers' still reads it."""
         tensor.record_stream(self._callers)
         return tensor
 
+    def take_in(self, tensor: Tensor) -> Tensor:
+        if tensor.is_cuda:
+            tensor.record_stream(self._stream)
+        return tensor
 
-def recorder(device: torch.device, graphs: bool) -> Recorder:
-    """CUDA graphs where they are wanted and the device has them."""
-    return CudaGraphs(device) if graphs and device.type == "cuda" else PlainCalls()
+
+def recorder(device: torch.device, graphs: bool, urgent: bool = False) -> Recorder:
+    """CUDA graphs where they are wanted and the device has them; `urgent` work goes before that of other streams."""
+    return CudaGraphs(device, urgent) if graphs and device.type == "cuda" else PlainCalls()

@@ -19,6 +19,8 @@ from ..errors import CheckpointError
 from ..model.quantize import use_fp8
 from ..pipeline.device import Precision, resolve_precision
 from ..pipeline.offload import offloaded_parts
+from ..runtime.graphs import PlainCalls
+from ..vae.block_decoder import BlockDecoder
 from ..vae.shape import VaeShape
 from ..vae.vae import Vae
 from .network import empty_network
@@ -215,9 +217,13 @@ class _Prediction:
         if config.features == "global":
             states = sessions * GLOBAL_SECONDS * FEATURE_RATE * model.audio_layers * model.audio_dim * _WIDE
             yield MemoryRow("audio states", states, f"{_count(sessions, 'session')}, {GLOBAL_SECONDS} s each")
-        if self._parts.vae is not None:
+        if self._parts.vae is not None and "vae" in self._offloaded:
             history = sessions * _decoder_history(self._parts.vae, self._pixels) * self._item
-            yield MemoryRow("VAE history", history, _count(sessions, "session"))
+            yield MemoryRow("VAE buffers", history, f"history of {_count(sessions, 'session')}")
+        elif self._parts.vae is not None:
+            decoder = self._decoder(self._parts.vae)
+            size = decoder.bytes + (sessions - 1) * decoder.history_bytes
+            yield MemoryRow("VAE buffers", size, "of the decoder; other sessions: their history")
 
     def _buffers(self) -> Iterator[MemoryRow]:
         """What lies ready on the device for steps to read and write, for one actor."""
@@ -240,13 +246,17 @@ class _Prediction:
         window = window_samples(self._geometry.columns_per_block)
         speech = GLOBAL_SECONDS * SPEECH_RATE if self._config.features == "global" else window
         turns = {"encoding the audio": self._audio_bytes(speech), "encoding the prompt": self._text_bytes()}
+        decoding = 0
         if self._parts.vae is not None:
-            decoding, encoding = self._vae_working_bytes(self._parts.vae)
-            turns |= {"decoding": decoding, "encoding the image": encoding}
+            decoding, turns["encoding the image"] = self._vae_working_bytes(self._parts.vae)
         denoising = self._denoise_bytes()
+        captured = "vae" not in self._offloaded
+        if not (self._graphs and captured):
+            turns["decoding"] = decoding
         if self._graphs:
-            kept = denoising + self._audio_bytes(window)
-            yield MemoryRow("graphs", kept, "estimate; working memory of denoising and of windows of audio")
+            kept = denoising + self._audio_bytes(window) + (decoding if captured else 0)
+            what = ", of windows of audio and of decoding" if captured else " and of windows of audio"
+            yield MemoryRow("graphs", kept, f"estimate; working memory of denoising{what}")
         else:
             turns["denoising"] = denoising
         largest = max(turns, key=lambda name: turns[name])
@@ -279,10 +289,22 @@ class _Prediction:
     def _vae_working_bytes(self, vae: VaeShape) -> tuple[int, int]:
         """Of decoding and of encoding; a part that is offloaded has come to the device by then."""
         layer = LATENT_FRAME_STRIDE * self._pixels * vae.widths[0]
+        if "vae" not in self._offloaded:
+            latents = self._geometry.frames_per_block
+            return _DECODE_LAYERS * latents * layer * self._item, int(_ENCODE_LAYERS * layer) * _WIDE
         frames = 2 * self._geometry.columns_per_block * 3 * self._pixels * _WIDE
-        encoder, decoder = _vae_halves(vae) if "vae" in self._offloaded else (0, 0)
+        encoder, decoder = _vae_halves(vae)
         decoding = _DECODE_LAYERS * layer * self._item + frames + decoder * self._item
         return decoding, int(_ENCODE_LAYERS * layer) * _WIDE + encoder * _WIDE
+
+    def _decoder(self, shape: VaeShape) -> BlockDecoder:
+        """The decoder's buffers, without storage."""
+        with torch.device("meta"):
+            vae = Vae(shape).requires_grad_(False)
+        for part in (vae.decoder, vae.conv2):
+            part.to(self._precision.dtype)
+        _, latents, rows, columns = self._geometry.block_shape
+        return BlockDecoder(vae, rows, columns, latents, PlainCalls())
 
     def _text_bytes(self) -> int:
         """Attention logits, also in float32, two rows of the FFN and the stream, and the layers that were fetched."""

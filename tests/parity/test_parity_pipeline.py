@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import GoldenCase, golden_cases, relative_error
+from support import CPU, GoldenCase, golden_cases, relative_error
 from torch import Tensor
 
 from liveavatar_engine.conditions.still import still_conditions
@@ -11,7 +11,13 @@ from liveavatar_engine.denoise.executor import Denoiser, StepExecutor
 from liveavatar_engine.denoise.noise import BlockNoise
 from liveavatar_engine.denoise.schedule import flow_match_schedule
 from liveavatar_engine.denoise.stream import Conditions, LatentStream, SinkPolicy
+from liveavatar_engine.pipeline.production import ProductionParts
 from liveavatar_engine.pipeline.session import Session, SessionParts
+from liveavatar_engine.runtime.graphs import PlainCalls
+from liveavatar_engine.runtime.timing import StageTimer
+from liveavatar_engine.vae.block_decoder import BlockDecoder
+from liveavatar_engine.vae.delivery import HostFrames, Pending
+from liveavatar_engine.vae.vae import to_uint8
 
 
 class GoldenColumns:
@@ -27,15 +33,22 @@ class GoldenColumns:
 
 
 class FloatDecoder:
-    """Keeps the decoded frames as they are before they become uint8."""
+    """A stream's decoder that keeps frames as they are before they become uint8, [3, frames, height, width] each."""
 
-    def __init__(self, stream) -> None:
-        self._stream = stream
+    def __init__(self, vae, rows: int, columns: int) -> None:
+        self._stream = BlockDecoder(vae, rows, columns, 3, PlainCalls(), torch.float32).stream()
         self.frames: list[Tensor] = []
 
-    def decode(self, latents: Tensor) -> Tensor:
-        self.frames.append(self._stream.decode(latents))
-        return self.frames[-1]
+    def skip(self, latents: Tensor) -> None:
+        self._stream.skip(latents)
+
+    def start(self, latents: Tensor, timer: StageTimer) -> Pending:
+        frames = self._stream.decode(latents).permute(3, 0, 1, 2).clamp(-1, 1)
+        self.frames.append(frames)
+        return HostFrames(CPU).take(to_uint8(frames))
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 @pytest.mark.parametrize("case", golden_cases("pipeline"))
@@ -66,12 +79,11 @@ def test_image_to_frames(case: GoldenCase, golden_network, golden_vae) -> None:
     produced = []
     original = latents.push
     latents.push = lambda *arguments: produced.extend(finished := original(*arguments)) or finished
-    decoder = FloatDecoder(golden_vae.decoder_stream())
-    decoder.decode(still.priming)
-    decoder.frames.clear()
+    decoder = FloatDecoder(golden_vae, geometry.latent_height, geometry.latent_width)
+    decoder.skip(still.priming)
     features = GoldenColumns(case["audio_input"], geometry.columns_per_block)
-    parts = SessionParts(geometry, features, noise, latents, decoder, None, [], encode_prompt=lambda _: case["context"])
-    session = Session(parts, release=lambda: None)
+    parts = ProductionParts(geometry, features, noise, latents, decoder, None)
+    session = Session(SessionParts(parts, [], encode_prompt=lambda _: case["context"]), release=lambda: None)
     chunks = list(session)
 
     for block, expected in enumerate(case["latents"]):

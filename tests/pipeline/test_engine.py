@@ -43,7 +43,7 @@ def test_chunks_as_documented(engine: Engine, face: np.ndarray) -> None:
 def test_chunks_come_as_they_are_made(engine: Engine, face: np.ndarray) -> None:
     session = engine.generate(face, speech(2.0))
     assert next(session).index == 0
-    assert session._parts.latents.block == 1
+    assert session._parts.production.latents.block == 1
     session.close()
     assert list(session) == []
 
@@ -210,7 +210,7 @@ def test_a_slot_is_given_back_after_the_block_that_is_being_made(engine: Engine,
     """Otherwise the next session would share its rings with a block that is still being written."""
     started, go_on = threading.Event(), threading.Event()
     session = engine.generate(face, speech(1.0))
-    latents = session._parts.latents
+    latents = session._parts.production.latents
     push = latents.push
 
     def slow(*arguments):

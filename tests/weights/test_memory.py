@@ -20,6 +20,8 @@ from liveavatar_engine.denoise.schedule import flow_match_schedule
 from liveavatar_engine.errors import CheckpointError, DeviceMemoryError
 from liveavatar_engine.model.quantize import use_fp8
 from liveavatar_engine.pipeline import engine as engine_module
+from liveavatar_engine.runtime.graphs import PlainCalls
+from liveavatar_engine.vae.block_decoder import BlockDecoder
 from liveavatar_engine.vae.layers import History
 from liveavatar_engine.vae.vae import Vae, load_vae
 from liveavatar_engine.weights import budget
@@ -127,7 +129,7 @@ def test_buffers_and_working_memory_of_steps_are_near_the_truth(preset: str, set
             peak = max(peak, memory.peak)
     predicted = _predict(preset, features="windowed", **settings)
     assert 0.99 < predicted["static inputs"] / static < 1.01
-    without_audio = dataclasses.replace(_parts(PRESETS[preset]), audio_channels=0)
+    without_audio = dataclasses.replace(_parts(PRESETS[preset]), audio_channels=0, vae=None)
     geometry = stream_geometry(PRESETS[preset].model, config)
     graphs = predict_memory(geometry, without_audio, config, GPU)["graphs"]
     assert 0.95 < graphs / peak < (1.35 if config.precision == "fp8" else 1.25)
@@ -142,14 +144,32 @@ def _meta_vae(preset: Preset, dtype: torch.dtype) -> Vae:
 
 
 @pytest.mark.parametrize(("preset", "precision"), [("tiny", "fp32"), ("14b", "bf16")])
-def test_history_of_the_vae_is_predicted_to_the_byte(preset: str, precision: str) -> None:
+def test_history_of_an_offloaded_vae_is_predicted_to_the_byte(preset: str, precision: str) -> None:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     stream = _meta_vae(PRESETS[preset], dtype).decoder_stream()
     for _ in range(2):
         stream.decode(torch.zeros(16, 1, 8, 12, device=META))
     frames = stream._history._frames.values()
-    predicted = _predict(preset, size="96x64", precision=precision)
-    assert predicted["VAE history"] == sum(frame.nbytes for frame in frames)
+    predicted = _predict(preset, size="96x64", precision=precision, offload=("vae",))
+    assert predicted["VAE buffers"] == sum(frame.nbytes for frame in frames)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("preset", ["small", "14b"])
+def test_buffers_and_working_memory_of_the_decoder_are_near_the_truth(preset: str) -> None:
+    vae = _meta_vae(PRESETS[preset], torch.bfloat16)
+    with PeakMemory("meta") as memory:
+        decoder = BlockDecoder(vae, 48, 88, 3, PlainCalls())
+        static = memory.live
+    with PeakMemory("meta") as memory:
+        decoder._decode_work(3, False)()
+    settings = {"size": "704x384", "precision": "bf16", "features": "windowed"}
+    buffers = [_predict(preset, **settings, max_sessions=sessions)["VAE buffers"] for sessions in (1, 2)]
+    assert buffers[0] == decoder.bytes
+    assert 0.99 < decoder.bytes / static < 1.01
+    assert buffers[1] - buffers[0] == sum(part.nbytes for part in decoder.history)
+    graphs = [_predict(preset, **settings, offload=offload)["graphs"] for offload in ((), ("vae",))]
+    assert 0.95 < (graphs[0] - graphs[1]) / memory.peak < 1.2
 
 
 # --- estimated rows
@@ -208,17 +228,17 @@ def test_working_memory_of_speech_is_near_the_truth() -> None:
 
 
 def test_the_14b_model_fits_a_card_of_48_gb() -> None:
-    """With FP8, as `EngineConfig` offloads by default, and a gigabyte left for CUDA itself."""
-    memory = _predict("14b", size="704*384", precision="fp8", kv_precision="fp8")
+    """With FP8 and both offloadable parts on the host, and a gigabyte left for CUDA itself."""
+    settings = {"size": "704*384", "precision": "fp8", "kv_precision": "fp8"}
+    memory = _predict("14b", **settings, offload=("text_encoder", "vae"))
     assert memory.total + GB < 49_140 * 2**20
     largest = sorted(memory.rows, key=lambda row: -row.bytes)[:4]
     assert [row.name for row in largest] == ["rings", "network", "working memory", "sinks"]
     assert 21.2 * GB < memory["rings"] < 21.4 * GB
     assert 17.1 * GB < memory["network"] < 17.3 * GB
     assert memory["text encoder"] == 0
-    assert 11.3 * GB < memory.host < 11.4 * GB
-    without = _predict("14b", size="704*384", precision="fp8", kv_precision="fp8", offload=())
-    assert without.total > 49_140 * 2**20
+    assert 11.7 * GB < memory.host < 11.8 * GB
+    assert _predict("14b", **settings).total > 49_140 * 2**20, "the decoder's buffers are too large for such a card"
 
 
 def test_fp8_halves_the_network_and_the_rings() -> None:
@@ -246,14 +266,17 @@ def test_graphs_keep_what_steps_need() -> None:
     captured, plain = _predict("14b", precision="bf16"), _predict("14b", precision="bf16", graphs=False)
     assert captured.total - plain.total == captured["graphs"]
     assert not [row for row in plain.rows if row.name == "graphs"]
-    diagonal = _predict("14b", precision="bf16", schedule="diagonal")
-    assert 3.3 < diagonal["graphs"] / captured["graphs"] < 4
+    steps, diagonal = (
+        _predict("14b", precision="bf16", schedule=schedule, offload=("vae",)) for schedule in ("sequential", "diagonal")
+    )
+    assert 3.3 < diagonal["graphs"] / steps["graphs"] < 4
 
 
 def test_sessions_steps_and_modes() -> None:
     one, three = (_predict("small", precision="bf16", max_sessions=count) for count in (1, 3))
-    for name in ("rings", "sinks", "text keys", "audio states", "VAE history"):
+    for name in ("rings", "sinks", "text keys", "audio states"):
         assert three[name] == 3 * one[name], name
+    assert one["VAE buffers"] < three["VAE buffers"] < 3 * one["VAE buffers"]
     assert three["network"] == one["network"]
     clean = _predict("small", precision="bf16", kv_mode="clean")
     assert one["rings"] == 4 * clean["rings"]
@@ -277,7 +300,7 @@ def test_what_does_not_fit_is_refused_with_the_table(checkpoint: Path, monkeypat
     assert sentence.endswith(" of memory, 0.10 GB are free")
     assert [line.split("  ")[1] for line in table] == [
         *("network", "text encoder", "audio encoder", "VAE", "rings", "sinks", "text keys", "audio states"),
-        *("VAE history", "time modulation", "static inputs", "working memory", "total"),
+        *("VAE buffers", "time modulation", "static inputs", "working memory", "total"),
     ]
     assert help_.startswith("what would help: kv_precision fp8 (")
     assert ", precision fp8 (" in help_

@@ -183,11 +183,13 @@ def test_an_engine_makes_the_same_frames(checkpoint: Path, face: np.ndarray, mon
     def frames(engine: Engine) -> np.ndarray:
         return next(iter(engine.generate(face, speech(0.5), "hello", seed=1))).frames
 
-    config, fetcher = EngineConfig(size="64x64", devices="cpu", offload=("text_encoder", "vae")), FakeFetcher()
-    plain = frames(Engine.from_pretrained(checkpoint, config=config))
-    monkeypatch.setattr(engine_module, "fetchers", lambda config, _: dict.fromkeys(config.offload, fetcher))
-    engine = Engine.from_pretrained(checkpoint, config=config)
-    assert fetcher.fetched == 0
-    assert np.array_equal(frames(engine), plain)
-    assert fetcher.fetched > fetcher.kept
-    assert fetcher.live == 0
+    plain = frames(Engine.from_pretrained(checkpoint, config=EngineConfig(size="64x64", devices="cpu")))
+    for offload, most in ((("text_encoder",), 0), (("text_encoder", "vae"), 1)):
+        config, fetcher = EngineConfig(size="64x64", devices="cpu", offload=offload), FakeFetcher()
+        monkeypatch.setattr(engine_module, "fetchers", lambda config, _, f=fetcher: dict.fromkeys(config.offload, f))
+        engine = Engine.from_pretrained(checkpoint, config=config)
+        assert fetcher.fetched == 0
+        difference = np.abs(frames(engine).astype(int) - plain.astype(int)).max()
+        assert difference <= most, "an offloaded VAE adds in another order, in front of the rounding to 8 bits"
+        assert fetcher.fetched >= fetcher.kept
+        assert fetcher.live == 0

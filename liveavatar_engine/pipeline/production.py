@@ -1,0 +1,117 @@
+"""From audio to frames on their way: what a session does for each of its chunks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ..conditions.audio_features import Features
+from ..conditions.pose import PoseStream
+from ..config import StreamGeometry
+from ..config.geometry import LATENT_FRAME_STRIDE
+from ..denoise.noise import BlockNoise
+from ..denoise.stream import LatentStream
+from ..frames import FrameChunk
+from ..runtime.timing import StageTimer
+from ..vae.delivery import FrameDecoder, Pending
+
+PORTRAIT_FRAMES = LATENT_FRAME_STRIDE - 1
+"""Frames at the head of a stream that still show the portrait and are dropped, as in the reference."""
+
+
+@dataclass(frozen=True)
+class ProductionParts:
+    """What chunks are made with.
+
+    Attributes:
+        early_first_frame: whether the first latent's frames are a chunk of their own, which need not wait for the rest
+            of the first block.
+        overlap: whether the next block is begun, if its audio is there, while the frames of the last one are on their
+            way.
+    """
+
+    geometry: StreamGeometry
+    features: Features
+    noise: BlockNoise
+    latents: LatentStream
+    decoder: FrameDecoder
+    pose: PoseStream | None
+    early_first_frame: bool = False
+    overlap: bool = False
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Frames of a chunk that have been asked for, and the latents that they come from."""
+
+    block: int
+    first_latent: int
+    latents: Tensor
+    pending: Pending
+    timer: StageTimer
+
+
+class Production:
+    """Makes the chunks of a stream, in order. `max_blocks` ends it early."""
+
+    def __init__(self, parts: ProductionParts, max_blocks: int | None) -> None:
+        self._parts, self._max_blocks = parts, max_blocks
+        self._taken = self._decoded = 0
+        self._finished: deque[Tensor] = deque()
+        self._coming: deque[_Part] = deque()
+        self._timer = StageTimer(parts.latents.device)
+
+    def next(self, closed: Callable[[], bool]) -> tuple[FrameChunk, Tensor] | None:
+        """The next chunk and its latents; None behind the last one, or when nothing has been begun once `closed`."""
+        if not self._coming:
+            while not self._finished and not closed():
+                if not self._take_block(closed):
+                    with self._timer.stage("denoise"):
+                        self._finished.extend(self._parts.latents.drain())
+                    break
+            if not self._finished:
+                return None
+            self._decode(self._finished.popleft())
+            if self._parts.overlap and not self._finished and self._parts.features.ready(self._taken):
+                self._take_block(closed)
+            self._parts.noise.prepare(self._taken)
+        part = self._coming.popleft()
+        return self._chunk(part, part.pending.wait()), part.latents
+
+    def _take_block(self, closed: Callable[[], bool]) -> bool:
+        """Begin the next block; False when there is none."""
+        parts, index = self._parts, self._taken
+        if index == self._max_blocks:
+            return False
+        with self._timer.stage("audio"):
+            states = parts.features.block(index)
+        if states is None or closed():
+            return False
+        with self._timer.stage("denoise"):
+            pose = None if parts.pose is None else parts.pose.block(index)
+            self._finished.extend(parts.latents.push(parts.noise.block(index), states, pose))
+        self._taken += 1
+        return True
+
+    def _decode(self, latents: Tensor) -> None:
+        """Start to decode a block's latents."""
+        timer, self._timer = self._timer, StageTimer(self._parts.latents.device)
+        starts = (0, 1) if self._parts.early_first_frame and self._decoded == 0 and latents.shape[1] > 1 else (0,)
+        for start, stop in zip(starts, (*starts[1:], latents.shape[1]), strict=True):
+            piece = latents[:, start:stop]
+            pending = self._parts.decoder.start(piece, timer)
+            self._coming.append(_Part(self._decoded, start, piece, pending, timer))
+            timer = StageTimer(self._parts.latents.device)
+        self._decoded += 1
+
+    def _chunk(self, part: _Part, frames: np.ndarray) -> FrameChunk:
+        """Cut the portrait's frames off the first block, and what lies past the audio off the last."""
+        first = part.block * self._parts.geometry.columns_per_block + part.first_latent * LATENT_FRAME_STRIDE
+        head = PORTRAIT_FRAMES if first == 0 else 0
+        columns = self._parts.features.columns
+        tail = len(frames) if columns is None else max(head + 1, min(len(frames), columns - first))
+        return FrameChunk(frames[head:tail], part.block, first + head, part.timer.seconds())

@@ -1,0 +1,98 @@
+"""The decoder over static buffers: the plain decoder's frames, whatever the chunks, as recorded work."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from support import relative_error
+from tape import Tapes
+
+from liveavatar_engine.runtime.graphs import PlainCalls, Recorder
+from liveavatar_engine.vae.block_decoder import BlockDecoder
+from liveavatar_engine.vae.vae import Vae, to_uint8
+
+
+def _latents(count: int, seed: int = 0, rows: int = 8, columns: int = 6) -> torch.Tensor:
+    return torch.randn(16, count, rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def _decoder(
+    vae: Vae, recorder: Recorder | None = None, dtype: torch.dtype = torch.float32, most: int = 3
+) -> BlockDecoder:
+    return BlockDecoder(vae, 8, 6, most, recorder or PlainCalls(), dtype)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 6), (5, 9)])
+def test_frames_are_those_of_the_plain_decoder(rows: int, columns: int, vae: Vae) -> None:
+    latents = _latents(10, rows=rows, columns=columns)
+    expected = vae.decoder_stream().decode(latents).permute(1, 2, 3, 0)
+    ours = BlockDecoder(vae, rows, columns, 3, PlainCalls(), torch.float32).stream().decode(latents)
+    assert relative_error(ours.clamp(-1, 1), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("cuts", [(7,), (1, 4, 7), (2, 3, 9), (1, 2, 3, 4, 5, 6, 7, 8, 9)], ids=str)
+def test_any_chunking_decodes_the_same_bits(cuts: tuple[int, ...], vae: Vae) -> None:
+    latents = _latents(10)
+    stream = _decoder(vae).stream()
+    chunks = [stream.decode(latents[:, a:b]) for a, b in pairwise((0, *cuts, 10))]
+    assert torch.equal(torch.cat(chunks), _decoder(vae).stream().decode(latents))
+
+
+def test_replays_give_the_same_bits(vae: Vae) -> None:
+    recorder = Tapes()
+    decoder = _decoder(vae, recorder)
+    streams = [decoder.stream(), decoder.stream()]
+    assert recorder.recorded == 3, "the first latent, a single one, a chunk"
+    for index, stream in enumerate(streams):
+        for chunk in (7, 3, 1, 1, 3):
+            stream.decode(_latents(chunk, seed=index))
+    assert recorder.recorded == 3
+    assert torch.equal(decoder.stream().decode(_latents(7)), _decoder(vae).stream().decode(_latents(7)))
+
+
+def test_streams_take_turns_without_a_trace(vae: Vae) -> None:
+    decoder = _decoder(vae)
+    streams = [decoder.stream() for _ in range(3)]
+    together: list[list[torch.Tensor]] = [[], [], []]
+    for turn in range(4):
+        for index, stream in enumerate(streams):
+            together[index].append(stream.decode(_latents(3, seed=10 * index + turn)))
+    streams[0].close()
+    streams[1].decode(_latents(1))
+    assert streams[0].kept is None
+    for index in range(3):
+        alone = _decoder(vae).stream()
+        for turn, frames in enumerate(together[index]):
+            assert torch.equal(frames, alone.decode(_latents(3, seed=10 * index + turn)))
+
+
+def test_frames_as_they_are_shown(vae: Vae) -> None:
+    frames = _decoder(vae, dtype=torch.uint8).stream().decode(_latents(4))
+    assert frames.dtype == torch.uint8
+    assert frames.shape == (13, 64, 48, 3)
+    expected = to_uint8(vae.decoder_stream().decode(_latents(4)))
+    difference = (frames.int() - expected.int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 1e-3
+
+
+def test_a_latent_alone_is_one_of_the_block(vae: Vae) -> None:
+    """The first frames can be shown before the rest of their block is decoded."""
+    stream, whole = _decoder(vae).stream(), _decoder(vae).stream()
+    for decoder in (stream, whole):
+        decoder.decode(_latents(7, seed=3))
+    block = _latents(3)
+    early, late = stream.decode(block[:, :1]), stream.decode(block[:, 1:])
+    assert torch.equal(torch.cat((early, late)), whole.decode(block))
+
+
+def test_another_stream_that_is_opened_disturbs_nobody(vae: Vae) -> None:
+    decoder = _decoder(vae)
+    stream, alone = decoder.stream(), _decoder(vae).stream()
+    for count in (7, 3):
+        stream.decode(_latents(count))
+        alone.decode(_latents(count))
+    decoder.stream().close()
+    assert torch.equal(stream.decode(_latents(3, seed=1)), alone.decode(_latents(3, seed=1)))
