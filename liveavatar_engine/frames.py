@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any
 
 from .config.geometry import FRAMES_PER_SECOND
 
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """The video frames of one block.
+    """The video frames of one block, or of a part of the first one.
 
     Attributes:
-        frames: uint8 [T, H, W, 3], RGB.
+        frames: uint8 [T, H, W, 3], RGB; a tensor on the engine's device with `EngineConfig.frames` "device".
         index: of the block in its stream.
         start_column: audio column (1/25 s) that drives the first frame; frame j is driven by start_column + j. The
             first block of a stream starts at column 3: its first three frames belong to the portrait.
         timings: seconds spent per stage: "audio", "denoise", "decode".
     """
 
-    frames: np.ndarray
+    frames: Any
     index: int
     start_column: int
     timings: dict[str, float]

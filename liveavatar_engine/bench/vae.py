@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from ..conditions.still import still_conditions, to_pixels
 from ..config.geometry import FRAMES_PER_SECOND
-from ..pipeline.device import resolve_precision
+from ..pipeline.device import graphs_absent, resolve_precision
+from ..runtime.graphs import recorder
+from ..vae.block_decoder import BlockDecoder
 from ..vae.shape import VaeShape
-from ..vae.vae import Vae
+from ..vae.vae import Vae, to_uint8
 from .bench import Bench, Marks
+from .counting import Counter
 from .inputs import picture
 from .results import Figure, Run, Series, percentile
 from .settings import Settings
@@ -18,6 +24,8 @@ from .work import Work, decode_flops, stage
 SUITE = "vae"
 _ENCODES = 2
 """Besides the one that is left out: it takes seconds."""
+_PLAIN_BLOCKS = 5
+"""Most blocks that the plain decoder is given."""
 
 
 def measure(settings: Settings, bench: Bench) -> Run:
@@ -34,24 +42,29 @@ def measure(settings: Settings, bench: Bench) -> Run:
         still_conditions(vae, pixels)
         marks.mark()
         encode_ms += marks.intervals_ms()
-    decoder = vae.decoder_stream()
-    decoder.decode(still.priming)
+    graphs = settings.graphs and graphs_absent(bench.device) is None
+    _, count, rows, columns = geometry.block_shape
+    decoder = BlockDecoder(vae, rows, columns, count, recorder(bench.device, graphs))
+    decoder.stream().decode(still.priming)
     priming = Marks(bench.device)
     priming.mark()
-    vae.decoder_stream().decode(still.priming)
+    stream = decoder.stream()
+    stream.skip(still.priming)
     priming.mark()
     generator = torch.Generator().manual_seed(settings.seed)
     latents = torch.randn(geometry.block_shape, generator=generator).to(bench.device)
-    for _ in range(settings.warm_up):
-        decoder.decode(latents)
-    marks = Marks(bench.device)
-    for _ in range(settings.blocks):
-        marks.mark()
-        decoder.decode(latents)
-    marks.mark()
-    blocks = Series(
-        "decode_ms", "ms", "decode of a block", tuple(marks.intervals_ms()), geometry.seconds_per_block * 1e3
-    )
+    deadline = geometry.seconds_per_block * 1e3
+    times = _decode_ms(stream.decode, latents, settings.warm_up, settings.blocks, bench.device)
+    blocks = Series("decode_ms", "ms", "decode of a block", tuple(times), deadline)
+    memory = bench.memory_bytes()
+    plain = vae.decoder_stream()
+    plain.decode(still.priming)
+    fewer = min(settings.blocks, _PLAIN_BLOCKS)
+    times = _decode_ms(lambda x: to_uint8(plain.decode(x)), latents, min(settings.warm_up, 2), fewer, bench.device)
+    plain_blocks = Series("plain_decode_ms", "ms", "decode of a block in plain PyTorch", tuple(times), deadline)
+    counts = [_counted(lambda: stream.decode(latents)), _counted(lambda: to_uint8(plain.decode(latents)))]
+    if bench.device.type == "cuda":
+        counts[0] = _counted(decoder.work_of(latents.shape[1], first=False))
     flops = decode_flops(_shape(vae), geometry)
     precision = resolve_precision(settings.engine_config(), bench.device)
     whole = stage("decode of a block", blocks.p50, 1, Work(flops), bench.limits, ceilings, per_block=True)
@@ -63,6 +76,12 @@ def measure(settings: Settings, bench: Bench) -> Run:
         figures=(
             Figure("decode_ms_p50", blocks.p50, "ms", f"decode of a block of {frames} frames, median"),
             Figure("decode_ms_p99", blocks.p99, "ms", "decode of a block, p99"),
+            Figure("plain_decode_ms_p50", plain_blocks.p50, "ms", "the same in plain PyTorch, median"),
+            Figure("decode_speedup", plain_blocks.p50 / blocks.p50, "", "plain PyTorch over the decoder"),
+            Figure("decode_operations", counts[0].operations, "", "operations that a block enqueues"),
+            Figure("plain_operations", counts[1].operations, "", "the same in plain PyTorch"),
+            Figure("decode_copied_mb", counts[0].copied_bytes / 2**20, "MiB", "that a block only moves"),
+            Figure("plain_copied_mb", counts[1].copied_bytes / 2**20, "MiB", "the same in plain PyTorch"),
             Figure("decode_fps", frames / blocks.p50 * 1e3, "frames/s", "decoder alone"),
             Figure("decode_real_time", frames / FRAMES_PER_SECOND / blocks.p50 * 1e3, "", "decoder over real time"),
             Figure("decode_tflops", whole.tflops, "TFLOP/s", f"decode, of {flops / 1e12:,.3g} TFLOP a block"),
@@ -70,15 +89,35 @@ def measure(settings: Settings, bench: Bench) -> Run:
             Figure("decode_measured", whole.measured, "share", f"decode: share of a {ceilings.dtype} product's speed"),
             Figure("encode_ms", percentile(encode_ms, 50), "ms", "encode of the still picture, median"),
             Figure("priming_ms", priming.intervals_ms()[0], "ms", "priming of a decoder, 7 latents"),
-            Figure("memory_mb", bench.memory_bytes() / 2**20, "MiB", bench.memory_label),
+            Figure("memory_mb", memory / 2**20, "MiB", bench.memory_label),
         ),
-        series=(blocks,),
+        series=(blocks, plain_blocks),
         stages=(whole,),
         notes=(
             f"decoder in {str(precision.dtype).removeprefix('torch.')}, encoder in float32",
             "the picture's encode ends where the encoder's history repeats itself: random weights may need more steps",
         ),
     )
+
+
+def _decode_ms(
+    decode: Callable[[Tensor], Tensor], latents: Tensor, warm_up: int, blocks: int, device: torch.device
+) -> list[float]:
+    """Milliseconds of each block behind the warm-up."""
+    for _ in range(warm_up):
+        decode(latents)
+    marks = Marks(device)
+    for _ in range(blocks):
+        marks.mark()
+        decode(latents)
+    marks.mark()
+    return marks.intervals_ms()
+
+
+def _counted(work: Callable[[], object]) -> Counter:
+    with torch.inference_mode(), Counter() as counter:
+        work()
+    return counter
 
 
 def _shape(vae: Vae) -> VaeShape:

@@ -55,6 +55,8 @@ class EngineConfig:
             share one ring, whose keys and values come from one more evaluation of the finished latents.
         sequence_parallel: GPUs that share one timestep.
         max_sessions: sessions that can be open at the same time.
+        frames: "host": chunks hold numpy arrays; "device": tensors on the engine's device, which other libraries can take
+            over without a copy (DLPack).
         early_first_frame: deliver the first latent's frames as a chunk of their own, before the rest of the first block
             is decoded.
         offload: parts whose weights stay in host memory and visit the GPU only while they are used: "text_encoder",
@@ -77,6 +79,7 @@ class EngineConfig:
     kv_mode: str = "timestep"
     sequence_parallel: int = 1
     max_sessions: int = 1
+    frames: str = "host"
     early_first_frame: bool = False
     offload: tuple[str, ...] = ("text_encoder",)
 
@@ -87,6 +90,7 @@ class EngineConfig:
         self._check_choice("features", ("global", "windowed"))
         self._check_choice("schedule", ("sequential", "diagonal"))
         self._check_choice("kv_mode", ("timestep", "clean"))
+        self._check_choice("frames", ("host", "device"))
         self._check_count("steps", 1, 1000)
         self._check_count("max_sessions", 1, 1024)
         self._check_count("sequence_parallel", 1, 64)

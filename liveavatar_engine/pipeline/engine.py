@@ -94,7 +94,7 @@ class Engine:
         self._free_slots = list(range(config.max_sessions))
         self._executor: StepExecutor | None = None
         self._window: AudioWindow | None = None
-        self._decoders = Decoders(vae, self._graphs)
+        self._decoders = Decoders(vae, self.device, self._graphs, config.frames)
 
     @classmethod
     def from_pretrained(

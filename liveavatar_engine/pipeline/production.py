@@ -100,7 +100,9 @@ class Production:
     def _decode(self, latents: Tensor) -> None:
         """Start to decode a block's latents."""
         timer, self._timer = self._timer, StageTimer(self._parts.latents.device)
-        starts = (0, 1) if self._parts.early_first_frame and self._decoded == 0 and latents.shape[1] > 1 else (0,)
+        columns = self._parts.features.columns
+        early = self._parts.early_first_frame and self._decoded == 0 and latents.shape[1] > 1
+        starts = (0, 1) if early and (columns is None or columns > LATENT_FRAME_STRIDE) else (0,)
         for start, stop in zip(starts, (*starts[1:], latents.shape[1]), strict=True):
             piece = latents[:, start:stop]
             pending = self._parts.decoder.start(piece, timer)
@@ -108,7 +110,7 @@ class Production:
             timer = StageTimer(self._parts.latents.device)
         self._decoded += 1
 
-    def _chunk(self, part: _Part, frames: np.ndarray) -> FrameChunk:
+    def _chunk(self, part: _Part, frames: np.ndarray | Tensor) -> FrameChunk:
         """Cut the portrait's frames off the first block, and what lies past the audio off the last."""
         first = part.block * self._parts.geometry.columns_per_block + part.first_latent * LATENT_FRAME_STRIDE
         head = PORTRAIT_FRAMES if first == 0 else 0

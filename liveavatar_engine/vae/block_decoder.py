@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..runtime.graphs import Recorder, Work
 from ..runtime.timing import StageTimer
-from .delivery import HostFrames, Parts, Pending
+from .delivery import Delivery, HostFrames, Parts, Pending
 from .fused import (
     CausalInput,
     FusedConvolution,
@@ -38,10 +38,18 @@ class BlockDecoder:
         latents: most that are decoded in one call; chunks are calls of so many, and calls of one.
         recorder: how work is recorded.
         dtype: of the result: uint8 for frames as they are shown, or the decoder's, for values in [-1, 1].
+        delivery: what takes frames out of the buffers; None: to the host.
     """
 
     def __init__(
-        self, vae: Vae, rows: int, columns: int, latents: int, recorder: Recorder, dtype: torch.dtype = torch.uint8
+        self,
+        vae: Vae,
+        rows: int,
+        columns: int,
+        latents: int,
+        recorder: Recorder,
+        dtype: torch.dtype = torch.uint8,
+        delivery: Delivery | None = None,
     ) -> None:
         self._vae, self._recorder, self._most = vae, recorder, latents
         weight = vae.conv2.weight
@@ -57,7 +65,7 @@ class BlockDecoder:
         shape = (FRAMES_PER_STEP * latents, 8 * rows, 8 * columns, _RGB)
         self._frames = torch.zeros(shape, dtype=dtype, device=weight.device)
         self._work: dict[tuple[int, bool], Work] = {}
-        self.host = HostFrames(weight.device)
+        self.delivery = delivery or HostFrames(weight.device)
 
     def warm_up(self) -> None:
         """Record a video's first latent, single latents and whole chunks."""
@@ -65,7 +73,7 @@ class BlockDecoder:
             if self._work:
                 return
             for latents, first in dict.fromkeys(((1, True), (1, False), (self._most, False))):
-                self._work[latents, first] = self._recorder.record(self._decode_work(latents, first))
+                self._work[latents, first] = self._recorder.record(self.work_of(latents, first))
 
     def stream(self) -> FrameStream:
         """A decoder at the start of a video."""
@@ -119,7 +127,7 @@ class BlockDecoder:
                 part.copy_(stream.kept[index])
         stream.kept, self._owner = None, stream
 
-    def _decode_work(self, latents: int, first: bool) -> Work:
+    def work_of(self, latents: int, first: bool) -> Work:
         made = 1 if first else FRAMES_PER_STEP * latents
 
         def work() -> None:
@@ -161,9 +169,9 @@ class FrameStream:
                 pass
 
     def start(self, latents: Tensor, timer: StageTimer) -> Pending:
-        """As `decode`, with the frames on their way to the host; what is enqueued later does not wait for them."""
+        """As `decode`, with the frames on their way; what is enqueued later does not wait for them."""
         with self._decoder.turn(self, callers_wait=False) as recorder, timer.stage("decode"):
-            parts = [self._decoder.host.take(part) for part in self._decoder.run(self, recorder.take_in(latents))]
+            parts = [self._decoder.delivery.take(part) for part in self._decoder.run(self, recorder.take_in(latents))]
             return parts[0] if len(parts) == 1 else Parts(parts)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Frames on their way from the decoder to the host, while the device goes on."""
+"""Frames on their way from the decoder to who asked for them, while the device goes on."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ from ..runtime.timing import StageTimer
 class Pending(Protocol):
     """Frames that have been asked for."""
 
-    def wait(self) -> np.ndarray:
+    def wait(self) -> np.ndarray | Tensor:
         """The frames, uint8 [frames, height, width, 3], once they are there; to be called once."""
+        ...
+
+
+class Delivery(Protocol):
+    """Takes frames out of a buffer of the device that is used again."""
+
+    def take(self, frames: Tensor) -> Pending:
+        """Take frames that the current stream has made."""
         ...
 
 
@@ -38,7 +46,7 @@ class FrameDecoder(Protocol):
 
 
 class HostFrames:
-    """Takes frames out of a buffer of the device that is used again: on a GPU, by page-locked buffers that take turns.
+    """Brings frames to the host, from a GPU through page-locked buffers that take turns.
 
     They are copied on a stream of their own, so neither the decoder nor the host waits for a whole block.
     """
@@ -75,8 +83,10 @@ class Parts:
     def __init__(self, parts: Sequence[Pending]) -> None:
         self._parts = parts
 
-    def wait(self) -> np.ndarray:
-        return np.concatenate([part.wait() for part in self._parts])
+    def wait(self) -> np.ndarray | Tensor:
+        parts = [part.wait() for part in self._parts]
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        return torch.cat(tensors) if tensors else np.concatenate(parts)
 
 
 class _Here:
@@ -100,3 +110,26 @@ class _Arriving:
         frames = self._buffer.numpy().copy()
         self._free.append(self._buffer)
         return frames
+
+
+class DeviceFrames:
+    """Leaves frames on the device, for callers who go on with them there."""
+
+    def take(self, frames: Tensor) -> Pending:
+        kept = frames.clone()
+        made = torch.cuda.current_stream(frames.device).record_event() if frames.is_cuda else None
+        return _There(kept, made)
+
+
+class _There:
+    """Frames on the device; the stream that is current when they are waited for comes after them."""
+
+    def __init__(self, frames: Tensor, made: torch.cuda.Event | None) -> None:
+        self._frames, self._made = frames, made
+
+    def wait(self) -> Tensor:
+        if self._made is not None:
+            stream = torch.cuda.current_stream(self._frames.device)
+            stream.wait_event(self._made)
+            self._frames.record_stream(stream)
+        return self._frames

@@ -9,6 +9,7 @@ import torch
 from support import relative_error
 from tape import Tapes
 
+from liveavatar_engine.bench.counting import Counter
 from liveavatar_engine.runtime.graphs import PlainCalls, Recorder
 from liveavatar_engine.vae.block_decoder import BlockDecoder
 from liveavatar_engine.vae.vae import Vae, to_uint8
@@ -96,3 +97,21 @@ def test_another_stream_that_is_opened_disturbs_nobody(vae: Vae) -> None:
         alone.decode(_latents(count))
     decoder.stream().close()
     assert torch.equal(stream.decode(_latents(3, seed=1)), alone.decode(_latents(3, seed=1)))
+
+
+def test_a_block_is_few_operations_that_move_little(vae: Vae) -> None:
+    """Nothing is copied but what convolutions look back to, latents on their way in and frames on their way out."""
+    decoder, plain = _decoder(vae, dtype=torch.uint8), vae.decoder_stream()
+    stream = decoder.stream()
+    counts = []
+    for decode in (stream.decode, lambda latents: to_uint8(plain.decode(latents))):
+        decode(_latents(7))
+        with torch.inference_mode(), Counter() as counter:
+            decode(_latents(3, seed=1))
+        counts.append(counter)
+    ours, theirs = counts
+    assert ours.operations <= 110
+    assert theirs.operations > 9 * ours.operations
+    frames, latents = 12 * 64 * 48 * 3, _latents(3).nbytes
+    assert ours.copied_bytes <= decoder.history_bytes + frames + 3 * latents
+    assert theirs.copied_bytes > 5 * ours.copied_bytes

@@ -162,7 +162,7 @@ def test_buffers_and_working_memory_of_the_decoder_are_near_the_truth(preset: st
         decoder = BlockDecoder(vae, 48, 88, 3, PlainCalls())
         static = memory.live
     with PeakMemory("meta") as memory:
-        decoder._decode_work(3, False)()
+        decoder.work_of(3, False)()
     settings = {"size": "704x384", "precision": "bf16", "features": "windowed"}
     buffers = [_predict(preset, **settings, max_sessions=sessions)["VAE buffers"] for sessions in (1, 2)]
     assert buffers[0] == decoder.bytes
