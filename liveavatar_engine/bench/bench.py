@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ..pipeline.device import resolve_precision
 from ..pipeline.engine import Engine
+from ..vae.light import load_decoder
 from ..vae.vae import Vae, load_vae
 from ..weights.layout import Checkpoint
 from ..weights.presets import PRESETS
@@ -75,11 +76,15 @@ class Bench:
         started = time.perf_counter()
         if settings.checkpoint is not None:
             self.forget()
-            engine = Engine.from_pretrained(settings.checkpoint, settings.lora, config)
+            engine = Engine.from_pretrained(settings.checkpoint, settings.lora, config, vae=settings.vae)
         else:
             parts = self._random_parts(settings)
             parts.require_memory(settings, config)
-            engine = Engine(config, parts.network, parts.vae, parts.text_encoder, parts.audio_encoder)
+            decoder = None
+            if settings.vae is not None:
+                precision = resolve_precision(config, self.device)
+                decoder = load_decoder(Path(settings.vae), precision.decoder, self.device)
+            engine = Engine(config, parts.network, parts.vae, parts.text_encoder, parts.audio_encoder, decoder)
         self.synchronize()
         self.say(f"the weights are there, after {time.perf_counter() - started:.1f} s")
         return engine
@@ -93,7 +98,7 @@ class Bench:
         if settings.checkpoint is None:
             return self._random_parts(settings).vae
         precision = resolve_precision(settings.engine_config(), self.device)
-        return load_vae(Checkpoint(Path(settings.checkpoint)).vae, precision.dtype, self.device)
+        return load_vae(Checkpoint(Path(settings.checkpoint)).vae, precision.decoder, self.device)
 
     def _random_parts(self, settings: Settings) -> RandomParts:
         assert settings.preset is not None

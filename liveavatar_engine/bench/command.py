@@ -126,6 +126,7 @@ def _settings(options: argparse.Namespace, device: torch.device, presets: Sequen
             preset=None if options.checkpoint is not None else name,
             checkpoint=_text(options.checkpoint),
             lora=_text(options.lora),
+            vae=_text(options.vae),
             device=str(device),
             size=options.size or (GPU_SIZE if on_gpu else CPU_SIZE),
             precision=options.precision,
@@ -205,6 +206,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     weights.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint instead")
     model.add_argument("--lora", type=Path, metavar="FILE", help="LoRA adapter to merge into it")
+    model.add_argument("--vae", type=Path, metavar="FILE", help="a light decoder, measured beside the VAE's own")
     model.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and inputs (default %(default)s)")
 
 

@@ -83,7 +83,7 @@ class RandomParts:
 
     @cached_property
     def vae(self) -> Vae:
-        return _random_vae(self._preset, self._precision.dtype, self._device, self._seed)
+        return _random_vae(self._preset, self._precision.decoder, self._device, self._seed)
 
     @cached_property
     def text_encoder(self) -> TextEncoder:

@@ -26,6 +26,7 @@ class Settings:
     Attributes:
         preset: of random weights; None with a checkpoint.
         checkpoint, lora: a checkpoint directory and an adapter to merge, or None.
+        vae: a file with a light decoder's weights, or None.
         device: as of `EngineConfig.devices`, resolved: "cpu" or "cuda:N".
         size: "WxH".
         precision, kv_precision, steps, schedule, kv_mode, graphs, motion_tokens: as of `EngineConfig`.
@@ -52,6 +53,7 @@ class Settings:
     blocks: int = 20
     warm_up: int = 5
     seed: int = 0
+    vae: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("blocks", 1), ("warm_up", 0)):

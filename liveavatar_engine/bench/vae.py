@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,12 +15,13 @@ from ..config.geometry import FRAMES_PER_SECOND
 from ..pipeline.device import graphs_absent, resolve_precision
 from ..runtime.graphs import recorder
 from ..vae.block_decoder import BlockDecoder
+from ..vae.light import LightDecoder, load_decoder
 from ..vae.shape import VaeShape
 from ..vae.vae import Vae, to_uint8
 from .bench import Bench, Marks
 from .counting import Counter
 from .inputs import picture
-from .results import Figure, Run, Series, percentile
+from .results import Figure, Run, Series, Stage, percentile
 from .settings import Settings
 from .work import Work, decode_flops, stage
 
@@ -67,6 +71,7 @@ def measure(settings: Settings, bench: Bench) -> Run:
         counts[0] = _counted(decoder.work_of(latents.shape[1], first=False))
     flops = decode_flops(_shape(vae), geometry)
     precision = resolve_precision(settings.engine_config(), bench.device)
+    light = _light(settings, bench, decoder, latents, blocks.p50)
     whole = stage("decode of a block", blocks.p50, 1, Work(flops), bench.limits, ceilings, per_block=True)
     frames = geometry.columns_per_block
     return Run(
@@ -78,6 +83,7 @@ def measure(settings: Settings, bench: Bench) -> Run:
             Figure("decode_ms_p99", blocks.p99, "ms", "decode of a block, p99"),
             Figure("plain_decode_ms_p50", plain_blocks.p50, "ms", "the same in plain PyTorch, median"),
             Figure("decode_speedup", plain_blocks.p50 / blocks.p50, "", "plain PyTorch over the decoder"),
+            *light.figures,
             Figure("decode_operations", counts[0].operations, "", "operations that a block enqueues"),
             Figure("plain_operations", counts[1].operations, "", "the same in plain PyTorch"),
             Figure("decode_copied_mb", counts[0].copied_bytes / 2**20, "MiB", "that a block only moves"),
@@ -91,12 +97,58 @@ def measure(settings: Settings, bench: Bench) -> Run:
             Figure("priming_ms", priming.intervals_ms()[0], "ms", "priming of a decoder, 7 latents"),
             Figure("memory_mb", memory / 2**20, "MiB", bench.memory_label),
         ),
-        series=(blocks, plain_blocks),
-        stages=(whole,),
+        series=(blocks, plain_blocks, *light.series),
+        stages=(whole, *light.stages),
         notes=(
-            f"decoder in {str(precision.dtype).removeprefix('torch.')}, encoder in float32",
+            f"decoder in {str(precision.decoder).removeprefix('torch.')}, encoder in float32",
             "the picture's encode ends where the encoder's history repeats itself: random weights may need more steps",
         ),
+    )
+
+
+@dataclass(frozen=True)
+class _Light:
+    """What was measured of a light decoder, if there is one."""
+
+    figures: tuple[Figure, ...] = ()
+    series: tuple[Series, ...] = ()
+    stages: tuple[Stage, ...] = ()
+
+
+def _light(settings: Settings, bench: Bench, wan: BlockDecoder, latents: Tensor, wan_ms: float) -> _Light:
+    """Decode the same latents with a light decoder, and say how far its frames are from the VAE's own."""
+    if settings.vae is None:
+        return _Light()
+    path, precision = Path(settings.vae), resolve_precision(settings.engine_config(), bench.device)
+    loaded = load_decoder(path, precision.decoder, bench.device)
+    _, count, rows, columns = latents.shape
+    graphs = settings.graphs and graphs_absent(bench.device) is None
+    decoder = BlockDecoder(loaded, rows, columns, count, recorder(bench.device, graphs))
+    stream = decoder.stream()
+    deadline = settings.geometry().seconds_per_block * 1e3
+    times = _decode_ms(stream.decode, latents, settings.warm_up, settings.blocks, bench.device)
+    blocks = Series("light_decode_ms", "ms", f"decode of a block by {path.name}", tuple(times), deadline)
+    if isinstance(loaded, LightDecoder):
+        flops = float(count * loaded.shape.flops(rows, columns))
+    else:
+        flops = decode_flops(_shape(loaded), settings.geometry())
+    whole = stage(f"decode by {path.name}", blocks.p50, 1, Work(flops), bench.limits, bench.ceilings, per_block=True)
+    ours, theirs = (one.stream().decode(latents).double() for one in (decoder, wan))
+    noise = float((ours - theirs).square().mean())
+    return _Light(
+        (
+            Figure("light_decode_ms_p50", blocks.p50, "ms", f"the same by {path.name}, median"),
+            Figure("light_decode_ms_p99", blocks.p99, "ms", f"by {path.name}, p99"),
+            Figure("light_speedup", wan_ms / blocks.p50, "", f"the VAE's decoder over {path.name}"),
+            Figure(
+                "light_psnr_db",
+                10 * math.log10(255**2 / noise) if noise else None,
+                "dB",
+                f"frames of {path.name} beside the VAE's own, of random latents",
+            ),
+        ),
+        (blocks,),
+        (whole,),
     )
 
 

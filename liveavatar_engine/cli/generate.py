@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from ..config import EngineConfig
-from ..config.engine import DEFAULT_SEED, PRECISIONS
+from ..config.engine import DEFAULT_SEED, PRECISIONS, VAE_PRECISIONS
 from ..config.geometry import FRAMES_PER_SECOND
 from ..errors import ConfigError, InputError
 from .settings import FP8_SKIP_HELP, OFFLOAD_HELP, fp8_skip, offload
@@ -50,6 +50,9 @@ def add_parser(commands: Any) -> None:
     files.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="checkpoint in the reference's layout"
     )
+    files.add_argument(
+        "--vae", type=Path, metavar="FILE", help="decode with this light decoder's weights (docs/light-decoder.md)"
+    )
     files.add_argument("--lora", type=Path, metavar="FILE", help="LoRA adapter to merge (safetensors)")
     files.add_argument("--image", type=Path, required=True, metavar="F", help="portrait: png, jpeg, webp")
     files.add_argument(
@@ -73,6 +76,12 @@ def add_parser(commands: Any) -> None:
         choices=("auto", *PRECISIONS),
         default="auto",
         help="of ring and sink (default: fp32 with fp32, else bf16)",
+    )
+    engine.add_argument(
+        "--vae-precision",
+        choices=("auto", *VAE_PRECISIONS),
+        default="auto",
+        help="of the VAE's decoder (default: fp32 with fp32, else bf16)",
     )
     engine.add_argument("--fp8-skip", metavar="NAME[,NAME...]", help=FP8_SKIP_HELP)
     engine.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default auto)")
@@ -126,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
         probe_audio(path)
 
     console = Console(stderr=True)
-    engine = _load(arguments.checkpoint, arguments.lora, config, console)
+    engine = _load(arguments, config, console)
     with console.status("preparing the portrait"):
         session = engine.generate(
             arguments.image,
@@ -153,7 +162,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _load(checkpoint: Path, lora: Path | None, config: EngineConfig, console: Console) -> Engine:
+def _load(arguments: argparse.Namespace, config: EngineConfig, console: Console) -> Engine:
     """Load the checkpoint, showing progress."""
     with Progress(
         TextColumn("loading the checkpoint"), BarColumn(), TimeRemainingColumn(), console=console, transient=True
@@ -162,7 +171,11 @@ def _load(checkpoint: Path, lora: Path | None, config: EngineConfig, console: Co
         from ..pipeline.engine import Engine
 
         return Engine.from_pretrained(
-            checkpoint, lora, config, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            arguments.checkpoint,
+            arguments.lora,
+            config,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            vae=arguments.vae,
         )
 
 
@@ -210,6 +223,7 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
         size=arguments.size,
         precision=arguments.precision,
         kv_precision=arguments.kv_precision,
+        vae_precision=arguments.vae_precision,
         fp8_skip=fp8_skip(arguments.fp8_skip),
         devices=arguments.device,
         steps=arguments.steps,

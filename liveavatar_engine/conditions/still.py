@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,3 +61,25 @@ def still_conditions(
 def to_pixels(image: np.ndarray) -> Tensor:
     """uint8 [height, width, 3] -> float32 [3, height, width] in [-1, 1]."""
     return torch.tensor(image).permute(2, 0, 1).float() / 255 * 2 - 1
+
+
+class StillCache:
+    """Conditions of the pictures that were used last, by what they show: opening with the same one encodes nothing."""
+
+    def __init__(self, vae: Vae, pictures: int = 8) -> None:
+        self._vae, self._pictures = vae, pictures
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[bytes, StillConditions] = OrderedDict()
+
+    def conditions(self, pixels: Tensor, device: torch.device) -> StillConditions:
+        """`still_conditions` of a picture on the CPU, encoded on `device` where it is not at hand."""
+        digest = hashlib.sha256(repr(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes()).digest()
+        with self._lock:
+            found = self._kept.get(digest)
+            if found is None:
+                found = still_conditions(self._vae, pixels.to(device))
+            self._kept[digest] = found
+            self._kept.move_to_end(digest)
+            while len(self._kept) > self._pictures:
+                self._kept.popitem(last=False)
+        return found

@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from .size import Size
 
 PRECISIONS = ("fp32", "bf16", "fp8")
+VAE_PRECISIONS = ("fp32", "bf16", "fp16")
 SINK_DISTANCES = (4, 30)
 """Range, both ends included, from which the reference draws the sink distance."""
 DEFAULT_SEED = 420
@@ -37,6 +38,8 @@ class EngineConfig:
         precision: "fp32", "bf16", "fp8" (linear layers in e4m3, all else as in bf16) or "auto" (bf16 on a GPU, fp32 on
             a CPU).
         kv_precision: of ring and sink: "fp8" with any precision; "auto" is fp32 with fp32, else bf16.
+        vae_precision: of the VAE's decoder: "fp32", "bf16", "fp16", or "auto", which is fp32 with fp32, else bf16. fp16
+            is closer to fp32 by about 18 dB (docs/log.md), but has not been tried with published weights.
         fp8_skip: parts of the names of linear layers that stay out of e4m3 with precision "fp8"; by default the
             reference's list. `liveavatar-engine inspect --precision` shows what each layer loses.
         devices: "auto" (the first GPU, else the CPU), a device name such as "cpu" or "cuda:0", or a list of them.
@@ -55,8 +58,8 @@ class EngineConfig:
             share one ring, whose keys and values come from one more evaluation of the finished latents.
         sequence_parallel: GPUs that share one timestep.
         max_sessions: sessions that can be open at the same time.
-        frames: "host": chunks hold numpy arrays; "device": tensors on the engine's device, which other libraries can take
-            over without a copy (DLPack).
+        frames: "host": chunks hold numpy arrays; "device": tensors on the engine's device, which other libraries can
+            take over without a copy (DLPack).
         early_first_frame: deliver the first latent's frames as a chunk of their own, before the rest of the first block
             is decoded.
         offload: parts whose weights stay in host memory and visit the GPU only while they are used: "text_encoder",
@@ -67,6 +70,7 @@ class EngineConfig:
     size: str = "704*384"
     precision: str = "auto"
     kv_precision: str = "auto"
+    vae_precision: str = "auto"
     fp8_skip: tuple[str, ...] = REFERENCE_FP8_SKIP
     devices: str | tuple[str, ...] = "auto"
     steps: int = 4
@@ -87,6 +91,7 @@ class EngineConfig:
         Size.parse(self.size)
         self._check_choice("precision", ("auto", *PRECISIONS))
         self._check_choice("kv_precision", ("auto", *PRECISIONS))
+        self._check_choice("vae_precision", ("auto", *VAE_PRECISIONS))
         self._check_choice("features", ("global", "windowed"))
         self._check_choice("schedule", ("sequential", "diagonal"))
         self._check_choice("kv_mode", ("timestep", "clean"))

@@ -12,6 +12,7 @@ from ..runtime.graphs import recorder
 from ..runtime.timing import StageTimer
 from ..vae.block_decoder import BlockDecoder
 from ..vae.delivery import Delivery, DeviceFrames, FrameDecoder, HostFrames, Pending
+from ..vae.light import LightDecoder
 from ..vae.vae import DecoderStream, Vae, to_uint8
 from .offload import OffloadedVae
 
@@ -22,7 +23,7 @@ class Decoders:
     A VAE whose weights stay on the host decodes without static buffers, latent by latent.
     """
 
-    def __init__(self, vae: Vae, device: torch.device, graphs: bool, frames: str) -> None:
+    def __init__(self, vae: Vae | LightDecoder, device: torch.device, graphs: bool, frames: str) -> None:
         self._vae, self._device, self._graphs = vae, device, graphs
         self._delivery: Delivery = DeviceFrames() if frames == "device" else HostFrames(device)
         self._lock = threading.Lock()

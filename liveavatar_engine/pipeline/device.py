@@ -14,7 +14,7 @@ from ..config import EngineConfig
 from ..errors import ConfigError
 
 _log = logging.getLogger(__name__)
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(names: str | tuple[str, ...]) -> torch.device:
@@ -48,11 +48,13 @@ class Precision:
         dtype: of activations and most weights.
         cache: of rings and sinks, `dtype` or e4m3.
         fp8_skip: parts of the names of linear layers that are not in e4m3; None: none is.
+        decoder: of the VAE's decoder; its encoder is float32.
     """
 
     dtype: torch.dtype
     cache: torch.dtype
     fp8_skip: tuple[str, ...] | None
+    decoder: torch.dtype
 
 
 def resolve_precision(config: EngineConfig, device: torch.device) -> Precision:
@@ -68,7 +70,8 @@ def resolve_precision(config: EngineConfig, device: torch.device) -> Precision:
     if config.kv_precision not in ("auto", "fp8") and _DTYPES[config.kv_precision] != dtype:
         raise ConfigError(f"kv_precision {config.kv_precision!r}: precision auto is {precision} on {device}; name one")
     cache = E4M3 if config.kv_precision == "fp8" else dtype
-    return Precision(dtype, cache, config.fp8_skip if precision == "fp8" else None)
+    decoder = dtype if config.vae_precision == "auto" else _DTYPES[config.vae_precision]
+    return Precision(dtype, cache, config.fp8_skip if precision == "fp8" else None, decoder)
 
 
 def preferred_kernels() -> str | None:

@@ -19,7 +19,7 @@ from ..conditions.audio_features import ActorFeatures, Features, WindowedFeature
 from ..conditions.audio_window import AudioWindow
 from ..conditions.pose import PoseStream
 from ..conditions.speech import LiveSpeech
-from ..conditions.still import still_conditions, to_pixels
+from ..conditions.still import StillCache, to_pixels
 from ..conditions.text import TextEncoder
 from ..config import EngineConfig, StreamGeometry
 from ..config.engine import DEFAULT_SEED
@@ -33,6 +33,7 @@ from ..denoise.stream import Conditions, SinkPolicy
 from ..errors import CheckpointError, ConfigError, InputError, SessionError
 from ..model import Network
 from ..runtime.graphs import recorder
+from ..vae.light import LightDecoder, load_decoder
 from ..vae.vae import Vae
 from ..weights.budget import require_memory
 from ..weights.conversion import settled
@@ -82,7 +83,9 @@ class Engine:
         vae: Vae,
         text_encoder: TextEncoder,
         audio_encoder: AudioEncoder,
+        decoder: Vae | LightDecoder | None = None,
     ) -> None:
+        """Put loaded parts together. `decoder` makes frames in place of the VAE's own."""
         self.config = config
         self._cache_dtype = resolve_precision(config, network.device).cache
         self._graphs = config.graphs and graphs_absent(network.device) is None
@@ -94,7 +97,8 @@ class Engine:
         self._free_slots = list(range(config.max_sessions))
         self._executor: StepExecutor | None = None
         self._window: AudioWindow | None = None
-        self._decoders = Decoders(vae, self.device, self._graphs, config.frames)
+        self._stills = StillCache(vae)
+        self._decoders = Decoders(decoder or vae, self.device, self._graphs, config.frames)
 
     @classmethod
     def from_pretrained(
@@ -103,10 +107,13 @@ class Engine:
         lora: str | Path | None = None,
         config: EngineConfig | None = None,
         progress: LoadProgress | None = None,
+        *,
+        vae: str | Path | None = None,
     ) -> Self:
         """Load a checkpoint directory, original or converted, merging a LoRA adapter where one is given.
 
-        `progress` is called with the tensors of the network loaded so far and to be loaded.
+        `progress` is called with the tensors of the network loaded so far and to be loaded. `vae` is a file with the
+        weights of a light decoder (docs/light-decoder.md), which makes frames in place of the checkpoint's VAE.
 
         Raises:
             CheckpointError: parts are missing or damaged or do not fit together; nothing has been allocated for the
@@ -125,7 +132,8 @@ class Engine:
         _log.info("loading %s as %s on %s", found.root, dtype, device)
         audio_encoder = AudioEncoder.load(found.audio_encoder, device)
         text_encoder = TextEncoder.load(found.text_encoder, found.tokenizer, dtype, device, offload.get("text_encoder"))
-        vae = load_offloadable_vae(found.vae, dtype, device, offload.get("vae"))
+        decoder = None if vae is None else load_decoder(Path(vae), precision.decoder, device)
+        wan = load_offloadable_vae(found.vae, precision.decoder, device, offload.get("vae"))
         network = load_network(found.root, adapter, dtype, device, progress, precision.fp8_skip)
         sizes = (audio_encoder.state_count, audio_encoder.state_dim)
         if sizes != (network.config.audio_layers, network.config.audio_dim):
@@ -133,7 +141,7 @@ class Engine:
                 f"{found.audio_encoder}: {sizes[0]} states of {sizes[1]}; the network was made for "
                 f"{network.config.audio_layers} of {network.config.audio_dim}"
             )
-        return cls(config, network, vae, text_encoder, audio_encoder)
+        return cls(config, network, wan, text_encoder, audio_encoder, decoder)
 
     @property
     def device(self) -> torch.device:
@@ -287,7 +295,7 @@ class Engine:
 
     def _open(self, scene: _Scene, features: Features, live: list[LiveSpeech], max_blocks: int | None) -> Session:
         """Encode the portrait and the prompt, take a slot and prefill its sink."""
-        still = still_conditions(self._vae, scene.pixels.to(self.device))
+        still = self._stills.conditions(scene.pixels, self.device)
         context = self._encode_prompt(scene.prompt)
         conditions = Conditions(context, still.reference, still.motion, scene.actor_mask)
         policy = SinkPolicy(self.config.sink_distance, self.config.sink_update_after, scene.seed)

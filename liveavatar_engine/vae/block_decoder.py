@@ -24,16 +24,18 @@ from .fused import (
     Sum,
 )
 from .layers import FrameAttention, ResidualBlock, Upsample
+from .light import LightDecoder
+from .light_layers import LightNetwork
 from .vae import FRAMES_PER_STEP, LATENT_MEAN, LATENT_STD, Vae
 
 _RGB = 3
 
 
 class BlockDecoder:
-    """The decoder of a VAE over static buffers; streams take turns, each with a history of its own.
+    """A decoder over static buffers; streams take turns, each with a history of its own.
 
     Args:
-        vae: whose decoder it is; parameters are shared.
+        vae: whose decoder it is, or a light one; parameters are shared.
         rows, columns: of a latent.
         latents: most that are decoded in one call; chunks are calls of so many, and calls of one.
         recorder: how work is recorded.
@@ -43,7 +45,7 @@ class BlockDecoder:
 
     def __init__(
         self,
-        vae: Vae,
+        vae: Vae | LightDecoder,
         rows: int,
         columns: int,
         latents: int,
@@ -51,21 +53,22 @@ class BlockDecoder:
         dtype: torch.dtype = torch.uint8,
         delivery: Delivery | None = None,
     ) -> None:
-        self._vae, self._recorder, self._most = vae, recorder, latents
-        weight = vae.conv2.weight
-        channels = vae.conv2.in_channels
+        self._recorder, self._most = recorder, latents
         level = Level(latents, rows, columns)
-        self._network = _Network(vae, level)
+        self._network: LightNetwork | _Network
+        if isinstance(vae, LightDecoder):
+            self._network, statistics = LightNetwork(vae, level), vae.statistics
+        else:
+            self._network, statistics = _Network(vae, level), (LATENT_MEAN, LATENT_STD)
+        device = self._network.device
         self._lock = threading.Lock()
         self._owner: FrameStream | None = None
-        self._latents = torch.zeros(channels, latents, rows, columns, device=weight.device)
-        self._mean, self._std = (
-            torch.tensor(values, device=weight.device)[:, None, None, None] for values in (LATENT_MEAN, LATENT_STD)
-        )
+        self._latents = torch.zeros(len(LATENT_MEAN), latents, rows, columns, device=device)
+        self._mean, self._std = (torch.tensor(values, device=device)[:, None, None, None] for values in statistics)
         shape = (FRAMES_PER_STEP * latents, 8 * rows, 8 * columns, _RGB)
-        self._frames = torch.zeros(shape, dtype=dtype, device=weight.device)
+        self._frames = torch.zeros(shape, dtype=dtype, device=device)
         self._work: dict[tuple[int, bool], Work] = {}
-        self.delivery = delivery or HostFrames(weight.device)
+        self.delivery = delivery or HostFrames(device)
 
     def warm_up(self) -> None:
         """Record a video's first latent, single latents and whole chunks."""
@@ -184,6 +187,7 @@ class _Network:
 
     def __init__(self, vae: Vae, level: Level) -> None:
         decoder = vae.decoder
+        self.device = vae.conv2.weight.device
         self._scale = FusedConvolution(vae.conv2, level)
         self._head = FusedConvolution(decoder.conv1, level)
         self._middle: list[FusedResidualBlock | FusedFrameAttention] = [

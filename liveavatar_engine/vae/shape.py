@@ -27,29 +27,40 @@ class VaeShape:
 
     @classmethod
     def of_tensors(cls, shapes: Mapping[str, tuple[int, ...]]) -> VaeShape:
-        """Read the sizes from tensor names and shapes.
+        """Read the sizes from tensor names and shapes: the encoder's, or the decoder's where there is no encoder.
 
         Raises:
             CheckpointError: they are not those of a Wan 2.1 VAE.
         """
-        widths, in_time, blocks_per_level, blocks = [], [], [], 0
-        numbers = {int(m[1]) for name in shapes if (m := re.match(r"encoder\.downsamples\.(\d+)\.", name))}
-        for number in sorted(numbers):
-            prefix = f"encoder.downsamples.{number}."
-            if (residual := shapes.get(prefix + "residual.6.weight")) is not None:
-                blocks += 1
-                width = residual[0]
-            elif prefix + "resample.1.weight" in shapes and blocks:
-                widths.append(width)
-                blocks_per_level.append(blocks)
-                in_time.append(prefix + "time_conv.weight" in shapes)
-                blocks = 0
+        widths, in_time, blocks = _levels(shapes, "encoder.downsamples")
+        if not widths:
+            widths, in_time, blocks = (part[::-1] for part in _levels(shapes, "decoder.upsamples"))
+            blocks = [count - 1 for count in blocks]
         latent = shapes.get("conv2.weight")
-        if not blocks or latent is None or set(blocks_per_level) != {blocks}:
+        if not in_time or latent is None or len(set(blocks)) != 1:
             raise CheckpointError("not the tensors of a Wan 2.1 VAE (encoder.downsamples.N..., conv2.weight)")
-        return cls((*widths, width), blocks, tuple(in_time), latent[0])
+        return cls(tuple(widths), blocks[0], tuple(map(bool, in_time)), latent[0])
 
     @classmethod
     def wan21(cls, width: int = 96) -> VaeShape:
         """The published VAE has width 96."""
         return cls((width, 2 * width, 4 * width, 4 * width), 2, (False, True, True), 16)
+
+
+def _levels(shapes: Mapping[str, tuple[int, ...]], stack: str) -> tuple[list[int], list[int], list[int]]:
+    """Of a stack of layers, in order: width and residual blocks of each level, and which steps between are in time."""
+    widths: list[int] = []
+    in_time: list[int] = []
+    blocks = [0]
+    width = 0
+    numbers = {int(m[1]) for name in shapes if (m := re.match(rf"{re.escape(stack)}\.(\d+)\.", name))}
+    for number in sorted(numbers):
+        prefix = f"{stack}.{number}."
+        if (residual := shapes.get(prefix + "residual.6.weight")) is not None:
+            width = residual[0]
+            blocks[-1] += 1
+        elif prefix + "resample.1.weight" in shapes and blocks[-1]:
+            widths.append(width)
+            in_time.append(prefix + "time_conv.weight" in shapes)
+            blocks.append(0)
+    return ([*widths, width] if width else []), in_time, blocks

@@ -177,6 +177,7 @@ class _Prediction:
         self._geometry, self._model, self._parts, self._config = geometry, geometry.model, parts, config
         self._precision: Precision = resolve_precision(config, device)
         self._item = self._precision.dtype.itemsize
+        self._decoder_item = self._precision.decoder.itemsize
         self._offloaded = offloaded_parts(config, device)
         self._graphs = config.graphs and device.type == "cuda"
         self._plain_attention = device.type == "cpu"
@@ -197,7 +198,7 @@ class _Prediction:
         yield self._part("text encoder", "text_encoder", self._parts.text_parameters * self._item)
         yield MemoryRow("audio encoder", self._parts.audio_parameters * _WIDE, "float32")
         if self._parts.vae is not None:
-            size = _vae_bytes(self._parts.vae, self._precision.dtype)
+            size = _vae_bytes(self._parts.vae, self._precision.decoder)
             yield self._part("VAE", "vae", size, "the encoder is float32")
 
     def _part(self, name: str, part: str, size: int, note: str = "") -> MemoryRow:
@@ -218,7 +219,7 @@ class _Prediction:
             states = sessions * GLOBAL_SECONDS * FEATURE_RATE * model.audio_layers * model.audio_dim * _WIDE
             yield MemoryRow("audio states", states, f"{_count(sessions, 'session')}, {GLOBAL_SECONDS} s each")
         if self._parts.vae is not None and "vae" in self._offloaded:
-            history = sessions * _decoder_history(self._parts.vae, self._pixels) * self._item
+            history = sessions * _decoder_history(self._parts.vae, self._pixels) * self._decoder_item
             yield MemoryRow("VAE buffers", history, f"history of {_count(sessions, 'session')}")
         elif self._parts.vae is not None:
             decoder = self._decoder(self._parts.vae)
@@ -291,10 +292,10 @@ class _Prediction:
         layer = LATENT_FRAME_STRIDE * self._pixels * vae.widths[0]
         if "vae" not in self._offloaded:
             latents = self._geometry.frames_per_block
-            return _DECODE_LAYERS * latents * layer * self._item, int(_ENCODE_LAYERS * layer) * _WIDE
+            return _DECODE_LAYERS * latents * layer * self._decoder_item, int(_ENCODE_LAYERS * layer) * _WIDE
         frames = 2 * self._geometry.columns_per_block * 3 * self._pixels * _WIDE
         encoder, decoder = _vae_halves(vae)
-        decoding = _DECODE_LAYERS * layer * self._item + frames + decoder * self._item
+        decoding = (_DECODE_LAYERS * layer + decoder) * self._decoder_item + frames
         return decoding, int(_ENCODE_LAYERS * layer) * _WIDE + encoder * _WIDE
 
     def _decoder(self, shape: VaeShape) -> BlockDecoder:
@@ -302,7 +303,7 @@ class _Prediction:
         with torch.device("meta"):
             vae = Vae(shape).requires_grad_(False)
         for part in (vae.decoder, vae.conv2):
-            part.to(self._precision.dtype)
+            part.to(self._precision.decoder)
         _, latents, rows, columns = self._geometry.block_shape
         return BlockDecoder(vae, rows, columns, latents, PlainCalls())
 
