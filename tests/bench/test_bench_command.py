@@ -133,7 +133,7 @@ class TestAll:
             assert words in said
         assert "needs a CUDA device" in said
         assert "prefers-color-scheme: dark" in text
-        assert len(page.findall(".//{http://www.w3.org/2000/svg}svg")) == 6, "stages, four times block by block, ablation"
+        assert len(page.findall(".//{http://www.w3.org/2000/svg}svg")) == 6, "stages, blocks four times, ablation"
 
 
 class TestSweep:

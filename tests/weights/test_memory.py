@@ -267,7 +267,7 @@ def test_graphs_keep_what_steps_need() -> None:
     assert captured.total - plain.total == captured["graphs"]
     assert not [row for row in plain.rows if row.name == "graphs"]
     steps, diagonal = (
-        _predict("14b", precision="bf16", schedule=schedule, offload=("vae",)) for schedule in ("sequential", "diagonal")
+        _predict("14b", precision="bf16", offload=("vae",), schedule=name) for name in ("sequential", "diagonal")
     )
     assert 3.3 < diagonal["graphs"] / steps["graphs"] < 4
 
