@@ -184,8 +184,8 @@ def test_an_engine_makes_the_same_frames(checkpoint: Path, face: np.ndarray, mon
         return next(iter(engine.generate(face, speech(0.5), "hello", seed=1))).frames
 
     plain = frames(Engine.from_pretrained(checkpoint, config=EngineConfig(size="64x64", devices="cpu")))
-X
-        config, fetcher = EngineConfig(size="64x64", devices="cpu", offload=offload), FakeFetcher()
+    for parts, most in ((("text_encoder",), 0), (("text_encoder", "vae"), 1)):
+        config, fetcher = EngineConfig(size="64x64", devices="cpu", offload=parts), FakeFetcher()
         monkeypatch.setattr(engine_module, "fetchers", lambda config, _, f=fetcher: dict.fromkeys(config.offload, f))
         engine = Engine.from_pretrained(checkpoint, config=config)
         assert fetcher.fetched == 0
