@@ -4,9 +4,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include "causal_conv3d/causal_conv3d.h"
 #include "fp8_linear/fp8_linear.h"
 
 namespace py = pybind11;
+using liveavatar::ConvTile;
 using liveavatar::Fp8Tile;
 
 namespace {
@@ -38,6 +40,26 @@ std::size_t fp8_linear_workspace(int m, int n, int k, int tile) {
   return liveavatar::fp8_linear_workspace(m, n, k, static_cast<Fp8Tile>(tile));
 }
 
+void causal_conv3d(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t residual,
+                   std::uintptr_t out, int frames, int height, int width, int channels_in, int channels_out, int kt,
+                   int kh, int kw, int tile, std::uintptr_t stream) {
+  liveavatar::CausalConv3d problem{};
+  problem.x = pointer<const void>(x);
+  problem.weight = pointer<const void>(weight);
+  problem.bias = pointer<const float>(bias);
+  problem.residual = pointer<const void>(residual);
+  problem.out = pointer<void>(out);
+  problem.frames = frames;
+  problem.height = height;
+  problem.width = width;
+  problem.channels_in = channels_in;
+  problem.channels_out = channels_out;
+  problem.kt = kt;
+  problem.kh = kh;
+  problem.kw = kw;
+  liveavatar::causal_conv3d(problem, static_cast<ConvTile>(tile), reinterpret_cast<cudaStream_t>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -56,4 +78,13 @@ PYBIND11_MODULE(_C, module) {
              "ValueError: a problem that it cannot take. RuntimeError: the status of what failed.");
   module.def("fp8_linear_workspace", &fp8_linear_workspace, "m"_a, "n"_a, "k"_a, "tile"_a,
              "Bytes of device memory that fp8_linear needs as its workspace.");
+
+  module.attr("CONV_256X96") = static_cast<int>(ConvTile::k256x96);
+  module.attr("CONV_128X192") = static_cast<int>(ConvTile::k128x192);
+  module.def("causal_conv3d", &causal_conv3d, "x"_a, "weight"_a, "bias"_a, "residual"_a, "out"_a, "frames"_a, "height"_a,
+             "width"_a, "channels_in"_a, "channels_out"_a, "kt"_a, "kh"_a, "kw"_a, "tile"_a, "stream"_a,
+             py::call_guard<py::gil_scoped_release>(),
+             "Convolution of frames, channels last, whose past lies at the head of x, enqueued on a stream of the current\n"
+             "device. x, weight, residual, out: bf16; bias: float32; bias or residual 0: none. Sizes are the result's.\n"
+             "ValueError: a problem that it cannot take. RuntimeError: the status of what failed.");
 }

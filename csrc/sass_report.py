@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-TENSOR_CORE = {"fp8_linear": "QGMMA"}
+TENSOR_CORE = {"causal_conv3d": "HGMMA", "fp8_linear": "QGMMA"}
 """The instruction without which an op's kernels do not run on the tensor cores, by the op's folder."""
 
 

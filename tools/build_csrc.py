@@ -73,7 +73,8 @@ def steps(toolkit: Toolkit, csrc: Path, build: Path, module: Path) -> list[Step]
     """Compile each source of `csrc` to an object below `build`, then link them to `module`."""
     sources = sorted(path for suffix in ("cpp", "cu") for path in csrc.rglob(f"*.{suffix}"))
     includes = [f"-I{csrc}"]
-    for headers in (toolkit.cutlass, toolkit.pybind11, Path(sysconfig.get_path("include"))):
+    utilities = toolkit.cutlass.parent / "tools" / "util" / "include"  # which CUTLASS's convolutions include
+    for headers in (toolkit.cutlass, utilities, toolkit.pybind11, Path(sysconfig.get_path("include"))):
         includes += ["-isystem", str(headers)]
     nvcc = (str(toolkit.nvcc), _ARCHITECTURE)
     compiled = []

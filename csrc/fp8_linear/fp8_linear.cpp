@@ -5,9 +5,12 @@
 #include <string>
 
 #include "fp8_linear/sm90_instances.h"
+#include "host.h"
 
 namespace liveavatar {
 namespace {
+
+constexpr char kOp[] = "fp8_linear";
 
 const sm90::Instance& instance_of(Fp8Tile tile) {
   switch (tile) {
@@ -32,28 +35,17 @@ void check_sizes(int m, int n, int k) {
   }
 }
 
-void check_pointer(const char* name, const void* pointer, std::uintptr_t alignment) {
-  const auto address = reinterpret_cast<std::uintptr_t>(pointer);
-  if (address == 0) {
-    throw std::invalid_argument(std::string("fp8_linear: ") + name + " is a null pointer");
-  }
-  if (address % alignment != 0) {
-    throw std::invalid_argument(std::string("fp8_linear: ") + name + " must be aligned to " +
-                                std::to_string(alignment) + " bytes");
-  }
-}
-
 // A descriptor that TMA refuses is only printed by CUTLASS, so whatever TMA would refuse has to be found here.
 void check(const Fp8Linear& problem) {
   constexpr std::uintptr_t kTma = 16;
   check_sizes(problem.m, problem.n, problem.k);
-  check_pointer("a", problem.a, kTma);
-  check_pointer("b", problem.b, kTma);
-  check_pointer("out", problem.out, kTma);
-  check_pointer("x_scale", problem.x_scale, alignof(float));
-  check_pointer("w_scale", problem.w_scale, alignof(float));
+  check_pointer(kOp, "a", problem.a, kTma);
+  check_pointer(kOp, "b", problem.b, kTma);
+  check_pointer(kOp, "out", problem.out, kTma);
+  check_pointer(kOp, "x_scale", problem.x_scale, alignof(float));
+  check_pointer(kOp, "w_scale", problem.w_scale, alignof(float));
   if (problem.bias != nullptr) {
-    check_pointer("bias", problem.bias, alignof(float));
+    check_pointer(kOp, "bias", problem.bias, alignof(float));
   }
 }
 
@@ -63,39 +55,8 @@ void check_workspace(void* workspace, std::size_t bytes, std::size_t needed) {
                                 std::to_string(bytes));
   }
   if (needed > 0) {
-    check_pointer("workspace", workspace, 16);
+    check_pointer(kOp, "workspace", workspace, 16);
   }
-}
-
-void check_cuda(cudaError_t status, const char* call) {
-  if (status != cudaSuccess) {
-    cudaGetLastError();
-    throw std::runtime_error(std::string("fp8_linear: ") + call + ": " + cudaGetErrorString(status));
-  }
-}
-
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
-  return value;
-}
-
-int multiprocessors_of_hopper() {
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
-  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
-  if (major != 9 || minor != 0) {
-    throw std::runtime_error("fp8_linear: device " + std::to_string(device) + " is sm_" + std::to_string(major) +
-                             std::to_string(minor) + ", and the kernel is built for sm_90a alone");
-  }
-  return attribute(cudaDevAttrMultiProcessorCount, device);
-}
-
-// Often empty: CUTLASS clears the error of a launch that failed.
-std::string what_cuda_says() {
-  const cudaError_t last = cudaGetLastError();
-  return last == cudaSuccess ? "" : std::string("; CUDA: ") + cudaGetErrorString(last);
 }
 
 }  // namespace
@@ -114,7 +75,7 @@ void fp8_linear(const Fp8Linear& problem, Fp8Tile tile, void* workspace, std::si
   const sm90::Instance& instance = instance_of(tile);
   check(problem);
   check_workspace(workspace, workspace_bytes, instance.workspace_bytes(problem));
-  const int multiprocessors = multiprocessors_of_hopper();
+  const int multiprocessors = multiprocessors_of_hopper(kOp);
   const char* failure = instance.run(problem, multiprocessors, workspace, stream);
   if (failure != nullptr) {
     throw std::runtime_error(std::string("fp8_linear ") + instance.name + ", " +

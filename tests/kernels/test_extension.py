@@ -283,11 +283,46 @@ class TestBuilt:
         with pytest.raises(ValueError, match=message):
             kernels.fp8_linear(**self.PROBLEM | change)
 
+    CONVOLUTION = {name: 256 for name in ("x", "weight", "bias", "residual", "out")} | {
+        "frames": 2,
+        "height": 5,
+        "width": 7,
+        "channels_in": 16,
+        "channels_out": 24,
+        "kt": 3,
+        "kh": 3,
+        "kw": 3,
+        "tile": 0,
+        "stream": 0,
+    }
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"frames": 0}, "frames, height and width must be positive, not frames=0 height=5 width=7 channels=16->24"),
+            ({"channels_in": 12}, "channels must be positive multiples of 8, not .* channels=12->24 kernel=3x3x3"),
+            ({"channels_out": 3}, "channels must be positive multiples of 8"),
+            ({"kw": 2}, "kh and kw must be 1 or 3, not .* kernel=3x3x2"),
+            ({"tile": 2}, "there is no tile 2"),
+            ({"x": 264}, "x must be aligned to 16 bytes"),
+            ({"residual": 8}, "residual must be aligned to 16 bytes"),
+            ({"weight": 0}, "weight is a null pointer"),
+            ({"bias": 2}, "bias must be aligned to 4 bytes"),
+        ],
+        ids=str,
+    )
+    def test_refuses_convolutions(self, change: dict[str, int], message: str, kernels: ModuleType) -> None:
+        assert (kernels.CONV_256X96, kernels.CONV_128X192) == (0, 1)
+        with pytest.raises(ValueError, match=f"^causal_conv3d: {message}"):
+            kernels.causal_conv3d(**self.CONVOLUTION | change)
+
     def test_says_what_cuda_says(self, kernels: ModuleType) -> None:
         """On a machine without a GPU, or with one that is no Hopper; on a Hopper these pointers would be followed."""
         import torch
 
         if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
             pytest.skip("a Hopper GPU is here")
-        with pytest.raises(RuntimeError, match=r"^fp8_linear: (cudaGetDevice: .+|cudaDevice.+|device \d+ is sm_\d+.+)"):
-            kernels.fp8_linear(**self.PROBLEM)
+        for call, problem in ((kernels.fp8_linear, self.PROBLEM), (kernels.causal_conv3d, self.CONVOLUTION)):
+            expected = rf"^{call.__name__}: (cudaGetDevice: .+|cudaDevice.+|device \d+ is sm_\d+.+)"
+            with pytest.raises(RuntimeError, match=expected):
+                call(**problem)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..buffers import check_buffer, overlap, same
 from ..dispatch import ANYWHERE, Implementation, Op, never_absent, on_device, triton_absent
-from . import library, reference
+from . import cuda, library, reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _RGB = 3
@@ -43,6 +43,7 @@ OP = Op(
         Implementation("cudnn", library.causal_conv3d, library.absent, automatic=("cuda",)),
         Implementation("reference", reference.causal_conv3d, never_absent, automatic=ANYWHERE),
         Implementation("triton", _triton, triton_absent),
+        Implementation("cuda", cuda.causal_conv3d, cuda.absent),
     ),
 )
 _PIXELS = {
@@ -75,8 +76,8 @@ def causal_conv3d(
         interleaved: whether x holds two frames in one; kt must be 1.
         out: written in place of a new tensor; of the result's shape and x's dtype, contiguous. It may be the residual
             itself, but shares no other memory with what is read.
-        implementation: "cudnn" (which rounds the sum before anything is added to it), "triton" or "reference"; None
-            picks.
+        implementation: "cudnn" (which rounds the sum before anything is added to it), "triton", "cuda" (CUTLASS,
+            bfloat16 only, no upsampling, no interleaved frames) or "reference"; None picks.
 
     Returns:
         [frames, height, width, channels_out] in x's dtype, with twice the height and width where upsampled.
@@ -89,7 +90,7 @@ def causal_conv3d(
     for name, tensor in (("residual", residual), ("out", out)):
         if tensor is not None:
             check_buffer(name, tensor, shape, x.dtype, x.device)
-    chosen = _choose(x, shape, implementation)
+    chosen = _choose(x, weight, shape, implementation, plain=not upsample and not interleaved)
     if out is None:
         return _custom_op(x, weight, bias, residual, upsample, interleaved, chosen)
     _custom_op_into(x, weight, bias, residual, upsample, interleaved, out, chosen)
@@ -107,7 +108,7 @@ def causal_conv3d_pixels(
     """The decoder's last convolution, as frames are shown: round((clamp(y, -1, 1) + 1) * 127.5).
 
     Args:
-        x, implementation: as of `causal_conv3d`.
+        x, implementation: as of `causal_conv3d`; "cuda" writes no bytes.
         weight, bias: as there, with three output channels.
         out: uint8 [frames, height, width, 3], contiguous, written in place of a new tensor.
 
@@ -124,12 +125,16 @@ def causal_conv3d_pixels(
     if out is None:
         out = x.new_empty(shape, dtype=torch.uint8)
     check_buffer("out", out, shape, torch.uint8, x.device)
-    _custom_op_pixels(x, weight, bias, out, _choose(x, shape, implementation))
+    _custom_op_pixels(x, weight, bias, out, _choose(x, weight, shape, implementation, plain=False))
     return out
 
 
-def _choose(x: Tensor, shape: tuple[int, ...], requested: str | None) -> str:
+def _choose(x: Tensor, weight: Tensor, shape: tuple[int, ...], requested: str | None, plain: bool) -> str:
+    """`plain`: nothing is folded into where x is read or how the result is written."""
+
     def refuses(name: str) -> str | None:
+        if name == "cuda":
+            return cuda.refuses(x, weight, plain)
         if name != "triton":
             return None
         if max(x.shape[1:].numel(), torch.Size(shape[1:]).numel()) >= _MOST_ELEMENTS:

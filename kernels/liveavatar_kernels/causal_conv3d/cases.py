@@ -153,6 +153,6 @@ CASES = (
     Case("points", 2, 4, 9, 12, 36, (1, 1, 1), bias=True, residual=True),
     Case("rows alone", 1, 9, 2, 24, 5, (2, 3, 1)),
     Case("one pixel", 1, 1, 1, 4, 4),
-    Case("pixels out", 2, 7, 13, 8, 3, bias=True, pixels=True),
     Case("a dozen frames", 12, 2, 3, 4, 8, (1, 1, 3), bias=True),
+    Case("pixels out", 2, 7, 13, 8, 3, bias=True, pixels=True),
 )

@@ -8,6 +8,8 @@ in L1. 96 and 192 output channels are two tiles, of 64 and 32 or of 128 and 64: 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -223,12 +225,15 @@ def _constexprs(
 
 
 def aot_specs(sizes: ModelSizes, capability: int) -> list[KernelSpec]:
-    """The kernels of the decoder on sm_`capability`."""
-    cases = {f"causal_conv3d {case.form}": case for case in model_cases(sizes)}
-    return [_spec(name, case, capability) for name, case in cases.items()]
+    """The kernels of the decoder on sm_`capability`, each once: its name is that of the first case that needs it."""
+    specs: dict[tuple[tuple[str, Any], ...], KernelSpec] = {}
+    for case in model_cases(sizes):
+        spec = _spec(case, capability)
+        specs.setdefault(tuple(spec.constexprs.items()), spec)
+    return list(specs.values())
 
 
-def _spec(name: str, case: Case, capability: int) -> KernelSpec:
+def _spec(case: Case, capability: int) -> KernelSpec:
     tiling = Tiling.of(capability, case.channels_in, case.channels_out)
     constexprs = _constexprs(tiling, case.weight_shape, case.upsample, case.interleaved, case.pixels)
     present = {"bias_ptr": case.bias, "residual_ptr": case.residual}
@@ -237,4 +242,6 @@ def _spec(name: str, case: Case, capability: int) -> KernelSpec:
     if case.pixels:
         types["out_ptr"] = "*u8"
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
-    return kernel_spec(name, convolve, "bf16", {**constexprs, **absent}, options, types, matrix=True)
+    return kernel_spec(
+        f"causal_conv3d {case.form}", convolve, "bf16", {**constexprs, **absent}, options, types, matrix=True
+    )

@@ -25,7 +25,7 @@ def causal_conv3d(
 
 def causal_conv3d_pixels(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
     """As the op."""
-    out.copy_(to_bytes(convolve_wide(x, weight, bias, False, False)))
+    out.copy_(to_bytes(convolve_wide(x, weight, bias)))
 
 
 def to_bytes(y: Tensor) -> Tensor:
@@ -33,7 +33,9 @@ def to_bytes(y: Tensor) -> Tensor:
     return y.clamp(-1, 1).add_(1).mul_(127.5).round_()
 
 
-def convolve_wide(x: Tensor, weight: Tensor, bias: Tensor | None, upsample: bool, interleaved: bool) -> Tensor:
+def convolve_wide(
+    x: Tensor, weight: Tensor, bias: Tensor | None, upsample: bool = False, interleaved: bool = False
+) -> Tensor:
     """In float32, or float64 for float64 x."""
     x = x if x.dtype == torch.float64 else x.float()
     bias = None if bias is None else bias.to(x.dtype)
@@ -70,8 +72,13 @@ def _from_torch(y: Tensor) -> Tensor:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     padding = spatial_padding(weight)
+    ones = (1,) * len(padding)
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         # torch takes its slow path here: its rule for oneDNN overlooks an axis of 5-D inputs (docs/log.md)
-        ones = (1,) * len(padding)
         return torch.mkldnn_convolution(x, weight, bias, padding, ones, ones, 1)
+    if (
+        x.device.type == "cuda" and torch.backends.cudnn.is_available()
+    ):  # elsewhere it rounds to TF32 unless told not to
+        y = torch.cudnn_convolution(x, weight, padding, ones, ones, 1, False, True, False)
+        return y if bias is None else y + bias.view(-1, *ones)
     return (F.conv2d if x.ndim == 4 else F.conv3d)(x, weight, bias, padding=padding)

@@ -46,7 +46,7 @@ class Case:
         return self.positions * self.channels * 2 * (2 + self.residual + self.total)
 
     def arguments(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
-        """Arguments of the op, random; residual and sum share their memory."""
+        """Arguments of the op, random."""
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape: int) -> Tensor:
@@ -60,7 +60,7 @@ class Case:
             arguments[name] = tensor.to(device, dtype) if there else None
         arguments["bias"] = random(self.channels).to(device, wide) if self.bias else None
         if self.total:
-            arguments["sum_out"] = arguments["residual"] if self.residual else torch.empty_like(arguments["x"])
+            arguments["sum_out"] = torch.empty_like(arguments["x"])
         return arguments
 
 

@@ -14,8 +14,17 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from liveavatar_kernels import channel_norm, cross_attention, fp8_linear, modulated_norm, ring_attention, ring_write
+from liveavatar_kernels import (
+    causal_conv3d,
+    channel_norm,
+    cross_attention,
+    fp8_linear,
+    modulated_norm,
+    ring_attention,
+    ring_write,
+)
 from liveavatar_kernels.cache import KeyValueCache
+from liveavatar_kernels.causal_conv3d import cases as causal_conv3d_cases
 from liveavatar_kernels.channel_norm import cases as channel_norm_cases
 from liveavatar_kernels.e4m3 import E4M3, KV_TILE, quantize_rows
 from liveavatar_kernels.modulated_norm import cases as modulated_norm_cases
@@ -276,6 +285,23 @@ def judge_fp8_quantize(case: Any, arguments: Arguments) -> Judge:
         return [_differing("bytes of the scales", outputs[1], scale), _differing("bytes of x", outputs[0], values)]
 
     return judge
+
+
+def judge_causal_conv3d(case: Any, arguments: Arguments) -> Judge:
+    """Of pixels, some may be the neighbour of the expected one."""
+    wide = torch.float64 if case.flops <= _WIDE_FLOPS else torch.float32
+    given: Arguments = {name: v.to(wide) if isinstance(v, Tensor) else v for name, v in arguments.items()}
+    plain = causal_conv3d_cases.in_torch(arguments)
+    if case.pixels:
+        exact = causal_conv3d.reference.to_bytes(causal_conv3d.reference.convolve_wide(**given))
+        dtype, least = torch.uint8, _FLIPPED
+    else:
+        exact = causal_conv3d.reference.causal_conv3d(**given, out=None)
+        dtype = arguments["x"].dtype
+        least = math.sqrt(arguments["weight"][0].numel()) * 2**-24 if dtype == torch.float32 else 0.0
+    return lambda name, outputs: (
+        _as_exact("result", outputs[0], exact, plain, least) + _wrong_dtype(outputs[0].dtype != dtype)
+    )
 
 
 def judge_channel_norm(case: Any, arguments: Arguments) -> Judge:

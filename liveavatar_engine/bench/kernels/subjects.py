@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from liveavatar_kernels import (
+    causal_conv3d,
     channel_norm,
     cross_attention,
     fp8_linear,
@@ -18,6 +19,7 @@ from liveavatar_kernels import (
     ring_write,
 )
 from liveavatar_kernels.cache import MOVED, Window
+from liveavatar_kernels.causal_conv3d import cases as causal_conv3d_cases
 from liveavatar_kernels.channel_norm import cases as channel_norm_cases
 from liveavatar_kernels.cross_attention import cases as cross_attention_cases
 from liveavatar_kernels.dispatch import Op
@@ -218,6 +220,11 @@ def _run_fp8_quantize(case: Any, arguments: Arguments, implementation: str | Non
     return tuple(fp8_quantize.fp8_quantize(**arguments, implementation=implementation))
 
 
+def _run_causal_conv3d(case: Any, arguments: Arguments, implementation: str | None) -> Outputs:
+    run = causal_conv3d.causal_conv3d_pixels if case.pixels else causal_conv3d.causal_conv3d
+    return (run(**arguments, implementation=implementation),)
+
+
 def _run_channel_norm(case: Any, arguments: Arguments, implementation: str | None) -> Outputs:
     normed = channel_norm.channel_norm(**arguments, implementation=implementation)
     return (normed.values, normed.total) if case.total else (normed.values,)
@@ -292,6 +299,15 @@ FP8_QUANTIZE = Subject(
     _run_fp8_quantize,
     checks.judge_fp8_quantize,
 )
+CAUSAL_CONV3D = Subject(
+    "causal_conv3d",
+    causal_conv3d.OP,
+    causal_conv3d_cases.CASES,
+    causal_conv3d_cases.model_cases,
+    _run_causal_conv3d,
+    checks.judge_causal_conv3d,
+    ("cudnn",),
+)
 CHANNEL_NORM = Subject(
     "channel_norm",
     channel_norm.OP,
@@ -300,4 +316,14 @@ CHANNEL_NORM = Subject(
     _run_channel_norm,
     checks.judge_channel_norm,
 )
-SUBJECTS = (RING_ATTENTION, RING_WRITE, CROSS_ATTENTION, MODULATED_NORM, FP8_LINEAR, PAIR, FP8_QUANTIZE, CHANNEL_NORM)
+SUBJECTS = (
+    RING_ATTENTION,
+    RING_WRITE,
+    CROSS_ATTENTION,
+    MODULATED_NORM,
+    FP8_LINEAR,
+    PAIR,
+    FP8_QUANTIZE,
+    CAUSAL_CONV3D,
+    CHANNEL_NORM,
+)
