@@ -93,7 +93,7 @@ class Engine:
         self._text_encoder, self._audio_encoder = text_encoder, audio_encoder
         schedule = flow_match_schedule(config.steps)
         self._denoiser = Denoiser(network, schedule, clean_pass=config.kv_mode == "clean")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # sessions may be collected, and give their slot back, while it is held
         self._free_slots = list(range(config.max_sessions))
         self._executor: StepExecutor | None = None
         self._window: AudioWindow | None = None
