@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,3 +119,28 @@ def test_a_block_is_few_operations_that_move_little(vae: Vae, monkeypatch: pytes
     frames, latents = 12 * 64 * 48 * 3, _latents(3).nbytes
     assert ours.copied_bytes <= decoder.history_bytes + frames + 3 * latents
     assert theirs.copied_bytes > 5 * ours.copied_bytes
+
+
+def test_memory_is_flat_over_a_thousand_blocks(checkpoint: Path) -> None:
+    """Peak memory of the process after 1,000 blocks is what it was after 100; measured in a process of its own."""
+    script = """
+import resource, sys
+from pathlib import Path
+import torch
+from liveavatar_engine.runtime.graphs import PlainCalls
+from liveavatar_engine.runtime.timing import StageTimer
+from liveavatar_engine.vae.block_decoder import BlockDecoder
+from liveavatar_engine.vae.vae import load_vae
+torch.set_num_threads(1)
+cpu = torch.device("cpu")
+stream = BlockDecoder(load_vae(Path(sys.argv[1]), torch.float32, cpu), 2, 2, 3, PlainCalls()).stream()
+latents = torch.randn(16, 3, 2, 2)
+for block in range(1000):
+    stream.start(latents, StageTimer(cpu)).wait()
+    if block == 100:
+        early = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - early) / 1024)
+"""
+    command = [sys.executable, "-c", script, str(checkpoint / "Wan2.1_VAE.pth")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert float(run.stdout) < 2, f"peak memory grew by {run.stdout.strip()} MB in 900 blocks"
