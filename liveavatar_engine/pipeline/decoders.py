@@ -53,6 +53,9 @@ class PlainFrames:
         """Decode latents for the sake of those that follow."""
         self._stream.decode(latents)
 
+    def check(self) -> None:
+        """Nothing is told of it."""
+
     def start(self, latents: Tensor, timer: StageTimer) -> Pending:
         """The frames of the next latents, on their way."""
         with torch.inference_mode(), timer.stage("decode"):

@@ -304,6 +304,7 @@ class Engine:
             latents = open_stream(executor, slot, conditions, policy)
             decoder = self._decoders.stream(scene.geometry)
             decoder.skip(still.priming)
+            decoder.check()
         except BaseException:
             self._give_slot_back(slot)
             raise

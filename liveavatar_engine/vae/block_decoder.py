@@ -10,6 +10,7 @@ import torch
 from liveavatar_kernels.causal_conv3d import causal_conv3d
 from torch import Tensor
 
+from ..errors import ModelError
 from ..runtime.graphs import Recorder, Work
 from ..runtime.timing import StageTimer
 from .delivery import Delivery, HostFrames, Parts, Pending
@@ -33,6 +34,9 @@ _RGB = 3
 
 class BlockDecoder:
     """A decoder over static buffers; streams take turns, each with a history of its own.
+
+    Attributes:
+        dtype: that it computes in.
 
     Args:
         vae: whose decoder it is, or a light one; parameters are shared.
@@ -68,6 +72,7 @@ class BlockDecoder:
         shape = (FRAMES_PER_STEP * latents, 8 * rows, 8 * columns, _RGB)
         self._frames = torch.zeros(shape, dtype=dtype, device=device)
         self._work: dict[tuple[int, bool], Work] = {}
+        self.dtype = vae.dtype if isinstance(vae, LightDecoder) else vae.conv2.weight.dtype
         self.delivery = delivery or HostFrames(device)
 
     def warm_up(self) -> None:
@@ -170,6 +175,19 @@ class FrameStream:
         with self._decoder.turn(self):
             for _ in self._decoder.run(self, latents):
                 pass
+
+    def check(self) -> None:
+        """Check that what has been decoded so far is finite; waits for the device.
+
+        Raises:
+            ModelError: it is not.
+        """
+        with self._decoder.turn(self):
+            if not all(part.isfinite().all() for part in self._decoder.history):
+                dtype = str(self._decoder.dtype).removeprefix("torch.")
+                raise ModelError(
+                    f"decoder: values beyond {dtype}, or NaN among the weights; a wider vae_precision (bf16, fp32) may help"
+                )
 
     def start(self, latents: Tensor, timer: StageTimer) -> Pending:
         """As `decode`, with the frames on their way; what is enqueued later does not wait for them."""

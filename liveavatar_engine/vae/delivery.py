@@ -36,6 +36,10 @@ class FrameDecoder(Protocol):
         """Decode latents for the sake of those that follow."""
         ...
 
+    def check(self) -> None:
+        """Raise a ModelError where what has been decoded so far is not finite, if that can be told; may wait."""
+        ...
+
     def start(self, latents: Tensor, timer: StageTimer) -> Pending:
         """Start to decode the next latents, [latent_channels, count, height / 8, width / 8]; `timer` measures it."""
         ...

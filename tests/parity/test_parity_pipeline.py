@@ -42,6 +42,9 @@ class FloatDecoder:
     def skip(self, latents: Tensor) -> None:
         self._stream.skip(latents)
 
+    def check(self) -> None:
+        self._stream.check()
+
     def start(self, latents: Tensor, timer: StageTimer) -> Pending:
         frames = self._stream.decode(latents).permute(3, 0, 1, 2).clamp(-1, 1)
         self.frames.append(frames)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import relative_error
+from support import CPU, relative_error
 from tape import Tapes
 
 from liveavatar_engine.bench.counting import Counter
+from liveavatar_engine.errors import ModelError
 from liveavatar_engine.runtime.graphs import PlainCalls, Recorder
 from liveavatar_engine.vae.block_decoder import BlockDecoder
-from liveavatar_engine.vae.vae import Vae, to_uint8
+from liveavatar_engine.vae.vae import Vae, load_vae, to_uint8
 
 
 def _latents(count: int, seed: int = 0, rows: int = 8, columns: int = 6) -> torch.Tensor:
@@ -119,6 +120,19 @@ def test_a_block_is_few_operations_that_move_little(vae: Vae, monkeypatch: pytes
     frames, latents = 12 * 64 * 48 * 3, _latents(3).nbytes
     assert ours.copied_bytes <= decoder.history_bytes + frames + 3 * latents
     assert theirs.copied_bytes > 5 * ours.copied_bytes
+
+
+def test_values_beyond_fp16_are_an_error(checkpoint: Path) -> None:
+    """Rather than a black picture."""
+    narrow = load_vae(checkpoint / "Wan2.1_VAE.pth", torch.float16, CPU)
+    stream = _decoder(narrow, dtype=torch.uint8).stream()
+    stream.skip(_latents(7))
+    stream.check()
+    narrow.decoder.conv1.weight.data *= 1e4
+    loud = _decoder(narrow, dtype=torch.uint8).stream()
+    loud.skip(_latents(7))
+    with pytest.raises(ModelError, match="beyond float16.*wider vae_precision"):
+        loud.check()
 
 
 def test_memory_is_flat_over_a_thousand_blocks(checkpoint: Path) -> None:
