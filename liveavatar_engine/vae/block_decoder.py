@@ -186,7 +186,7 @@ class FrameStream:
             if not all(part.isfinite().all() for part in self._decoder.history):
                 dtype = str(self._decoder.dtype).removeprefix("torch.")
                 raise ModelError(
-                    f"decoder: values beyond {dtype}, or NaN among the weights; a wider vae_precision (bf16, fp32) may help"
+                    f"decoder: values beyond {dtype}, or NaN in a weight; a wider vae_precision (bf16, fp32) may help"
                 )
 
     def start(self, latents: Tensor, timer: StageTimer) -> Pending:
