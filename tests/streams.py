@@ -49,7 +49,7 @@ class Streams:
         latents = self.draw(2000 * seed + index, config.cond_dim, *shape[1:]) if pose else None
         return stream.push(self.draw(3000 * seed + index, *shape), states, latents)
 
-    def run(self, blocks: int, seed: int = 0, actors: int = 1, **opening) -> list[Tensor]:
+    def run(self, blocks: int, seed: int = 0, actors: int = 1, pose: bool = False, **opening) -> list[Tensor]:
         stream = self.open(seed=seed, actors=actors, **opening)
-        made = [latents for _ in range(blocks) for latents in self.push(stream, seed, actors)]
+        made = [latents for _ in range(blocks) for latents in self.push(stream, seed, actors, pose)]
         return made + stream.drain()

@@ -25,12 +25,12 @@ def _same(ours: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "diagonal"])
-@pytest.mark.parametrize("actors", [1, 2])
-def test_replays_give_the_same_bits_as_plain_calls(schedule: str, actors: int, network: Network) -> None:
+@pytest.mark.parametrize(("actors", "pose"), [(1, False), (2, False), (1, True)])
+def test_replays_give_the_same_bits_as_plain_calls(schedule: str, actors: int, pose: bool, network: Network) -> None:
     diagonal = schedule == "diagonal"
     recorder = Tapes()
-    plain = Streams(network, diagonal=diagonal).run(6, actors=actors)
-    replayed = Streams(network, diagonal=diagonal, record_with=recorder).run(6, actors=actors)
+    plain = Streams(network, diagonal=diagonal).run(6, actors=actors, pose=pose)
+    replayed = Streams(network, diagonal=diagonal, record_with=recorder).run(6, actors=actors, pose=pose)
     assert recorder.replayed > 6
     _same(replayed, plain)
 
