@@ -74,8 +74,10 @@ class SinkPrefill:
         return PrefillJob(scene, contents, len(self._stages))
 
     def advance(self, job: PrefillJob, pieces: int) -> None:
-        """Do some of a job; one that another stream has begun is finished first."""
-        if job is not self._job and job.left:
+        """Do some of a job, if anything of it is left; one that another stream has begun is finished first."""
+        if not job.left:
+            return
+        if job is not self._job:
             if self._job is not None:
                 self._run(self._job, self._job.left)
             self._begin(job)
@@ -94,7 +96,7 @@ class SinkPrefill:
             self._motion.zero_()
             self._motion[:, MOTION_LATENTS - frames :].copy_(job.contents.motion[:, -frames:])
         self._positions.write(job.scene)
-        self._job = job
+        self._job, job.left = job, len(self._stages)
 
     def _run(self, job: PrefillJob, pieces: int) -> None:
         first = len(self._stages) - job.left

@@ -155,9 +155,10 @@ class LatentStream:
         """
         with self._executor.exclusive():
             self._executor.prompts.check(context)
-            update, latest = self._policy.update_after, self.block + (PROMPT_BLOCKS if self.block else 0)
-            together = update is not None and self.block <= update <= latest
-            self._scenes.replace_prompt(update if together and update is not None else latest, context)
+            block, update = self.block + (PROMPT_BLOCKS if self.block else 0), self._policy.update_after
+            if update is not None and self.block <= update <= block:
+                block = update  # one prefill for both
+            self._scenes.replace_prompt(block, context)
 
     def close(self) -> None:
         """Leave unfinished what only this stream would have read."""

@@ -189,3 +189,22 @@ def test_inputs_that_do_not_fit_are_refused(network: Network) -> None:
     with pytest.raises(InputError, match="prompt: a context of"):
         stream.change_prompt(torch.zeros(3, network.config.text_dim + 1))
     assert len(streams.push(stream)) == 1
+
+
+def test_sinks_prefilled_at_the_same_time_do_not_mix(network: Network) -> None:
+    """One is finished early, one is half done when a third begins: pieces of one never continue another."""
+    updates, prompts, blocks = (6, 7, 8), (1, 2, 3), 10
+    together: list[list[Tensor]] = [[], [], []]
+    for sessions in (1, 3):
+        streams = [Streams(network) for _ in range(3)] if sessions == 1 else [Streams(network, sessions=3)] * 3
+        opened = [streams[i].open(session=i if sessions == 3 else 0, seed=i, update_after=updates[i]) for i in range(3)]
+        made: list[list[Tensor]] = [[], [], []]
+        for block in range(blocks):
+            for i in range(3):
+                if block == prompts[i]:
+                    opened[i].change_prompt(streams[i].context(7 + i))
+                made[i] += streams[i].push(opened[i], i)
+        if sessions == 3:
+            for i in range(3):
+                _same(made[i], together[i])
+        together = made
