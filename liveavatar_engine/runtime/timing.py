@@ -10,7 +10,7 @@ import torch
 
 
 class StageTimer:
-    """Measures stages on the device's own clock; read the result once the device has finished them.
+    """Measures stages on the device's own clock.
 
     What a stage takes in several turns is added up.
     """
@@ -27,7 +27,7 @@ class StageTimer:
         self._spans.setdefault(name, []).append((start, self._mark()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by stage."""
+        """Seconds by stage; waits until the device has finished them."""
         return {name: sum(_between(*span) for span in spans) for name, spans in self._spans.items()}
 
     def _mark(self) -> float | torch.cuda.Event:
@@ -43,4 +43,5 @@ def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> 
         return end - start
     assert isinstance(start, torch.cuda.Event)
     assert isinstance(end, torch.cuda.Event)
+    end.synchronize()
     return start.elapsed_time(end) / 1000
