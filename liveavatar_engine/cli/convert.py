@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .progress import bytes_in, writing_progress
 from .settings import FP8_SKIP_HELP, byte_count, fp8_skip
 
 _EXAMPLES = """examples:
@@ -50,16 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     shard_bytes = byte_count(arguments.shard_size, "--shard-size")
     device = resolve_device(EngineConfig(devices=arguments.device).devices)
     console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("", total=None)
+    with writing_progress(console) as progress:
         convert_checkpoint(
             arguments.source,
             arguments.target,
@@ -69,8 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
             shard_bytes=shard_bytes,
             link=arguments.link,
             device=device,
-            progress=lambda file, done, total: bar.update(task, description=file, completed=done, total=total),
+            progress=progress,
         )
-    size = sum(path.stat().st_size for path in arguments.target.rglob("*") if path.is_file())
-    console.print(f"wrote {arguments.target}: {arguments.precision}, {decimal(size)}")
+    console.print(f"wrote {arguments.target}: {arguments.precision}, {decimal(bytes_in(arguments.target))}")
     return 0

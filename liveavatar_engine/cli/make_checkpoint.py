@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .progress import bytes_in, writing_progress
 
 PRESET_NAMES = ("tiny", "small", "14b")
 
@@ -42,22 +43,12 @@ def run(arguments: argparse.Namespace) -> int:
     from ..weights.presets import PRESETS
 
     console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("", total=None)
+    with writing_progress(console) as progress:
         create_checkpoint(
             arguments.folder,
             PRESETS[arguments.preset],
             seed=check_seed(arguments.seed),
-            progress=lambda part, done, total: bar.update(task, description=part, completed=done, total=total),
+            progress=progress,
         )
-    size = sum(path.stat().st_size for path in arguments.folder.rglob("*") if path.is_file())
-    console.print(f"made {arguments.folder}: preset {arguments.preset}, {decimal(size)}")
+    console.print(f"made {arguments.folder}: preset {arguments.preset}, {decimal(bytes_in(arguments.folder))}")
     return 0

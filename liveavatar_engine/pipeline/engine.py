@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -300,14 +301,15 @@ class Engine:
         conditions = Conditions(context, still.reference, still.motion, scene.actor_mask)
         policy = SinkPolicy(self.config.sink_distance, self.config.sink_update_after, scene.seed)
         slot, executor = self._take_slot(scene.geometry)
-        try:
+        with ExitStack() as opened:
+            opened.callback(self._give_slot_back, slot)
             latents = open_stream(executor, slot, conditions, policy)
+            opened.callback(latents.close)
             decoder = self._decoders.stream(scene.geometry)
+            opened.callback(decoder.close)
             decoder.skip(still.priming)
             decoder.check()
-        except BaseException:
-            self._give_slot_back(slot)
-            raise
+            release = opened.pop_all().close
         production = ProductionParts(
             scene.geometry,
             features,
@@ -319,12 +321,6 @@ class Engine:
             overlap=self.device.type == "cuda",
         )
         parts = SessionParts(production, live, self._encode_prompt)
-
-        def release() -> None:
-            latents.close()
-            decoder.close()
-            self._give_slot_back(slot)
-
         return Session(parts, release, max_blocks)
 
     def _audio_window(self, geometry: StreamGeometry) -> AudioWindow:
