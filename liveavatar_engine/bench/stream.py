@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from ..conditions.audio_features import LOOK_AHEAD
 from ..config import StreamGeometry
-from ..config.geometry import FRAMES_PER_SECOND
+from ..config.geometry import FRAMES_PER_SECOND, SPEECH_RATE
 from ..frames import FrameChunk
 from ..pipeline.engine import Engine
 from ..pipeline.session import Session
+from ..synthetic import picture, speech
 from .bench import Bench
-from .inputs import look_ahead_seconds, picture, speech
 from .results import Figure, Run, Series, percentile
 from .settings import Settings
 
@@ -95,7 +96,7 @@ class Measured:
     def audio_wait(self) -> float:
         """Seconds of audio that must have been heard before a block can start, in real time."""
         blocks = self.blocks_under_way * self.geometry.seconds_per_block
-        return blocks + look_ahead_seconds()
+        return blocks + LOOK_AHEAD / SPEECH_RATE
 
 
 def measure(settings: Settings, bench: Bench) -> Run:
@@ -139,17 +140,20 @@ def measure(settings: Settings, bench: Bench) -> Run:
 
 
 def run_session(engine: Engine, settings: Settings, bench: Bench) -> Measured:
-    """Warm `engine` up, then open a session and take warm-up and measured blocks."""
+    """Warm `engine` up, then open a session and take warm-up and measured blocks.
+
+    The engine remembers pictures: the session that is measured shows one that it has not seen.
+    """
     geometry = settings.geometry()
     engine.warm_up((geometry.height, geometry.width))
     audio = speech(_audio_seconds(settings, geometry), settings.seed)
-    with _open(engine, settings, geometry) as session:
+    with _open(engine, settings, geometry, blue=120) as session:
         session.push_audio(audio)
         for _ in range(settings.warm_up + 1):
             next(session)
     bench.synchronize()
     started = time.perf_counter()
-    with _open(engine, settings, geometry) as session:
+    with _open(engine, settings, geometry, blue=60) as session:
         opening = time.perf_counter() - started
         overlap = settings.steps if engine.config.schedule == "diagonal" else 1
         found = Measured(geometry, opening, settings.warm_up, overlap)
@@ -160,14 +164,14 @@ def run_session(engine: Engine, settings: Settings, bench: Bench) -> Measured:
     return found
 
 
-def _open(engine: Engine, settings: Settings, geometry: StreamGeometry) -> Session:
-    return engine.open_session(picture(geometry), PROMPT, seed=settings.seed)
+def _open(engine: Engine, settings: Settings, geometry: StreamGeometry, blue: int) -> Session:
+    return engine.open_session(picture(geometry.height, geometry.width, blue), PROMPT, seed=settings.seed)
 
 
 def _audio_seconds(settings: Settings, geometry: StreamGeometry) -> float:
     """For all blocks of a session, those that follow the last one while it is under way, and the look-ahead."""
     blocks = settings.warm_up + settings.blocks + settings.steps
-    return blocks * geometry.seconds_per_block + look_ahead_seconds()
+    return blocks * geometry.seconds_per_block + LOOK_AHEAD / SPEECH_RATE
 
 
 def _ms(seconds: list[float]) -> tuple[float, ...]:

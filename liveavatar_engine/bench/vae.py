@@ -14,13 +14,13 @@ from ..conditions.still import still_conditions, to_pixels
 from ..config.geometry import FRAMES_PER_SECOND
 from ..pipeline.device import graphs_absent, resolve_precision
 from ..runtime.graphs import recorder
+from ..synthetic import picture
 from ..vae.block_decoder import BlockDecoder
 from ..vae.light import LightDecoder, load_decoder
 from ..vae.shape import VaeShape
 from ..vae.vae import Vae, to_uint8
 from .bench import Bench, Marks
 from .counting import Counter
-from .inputs import picture
 from .results import Figure, Run, Series, Stage, percentile
 from .settings import Settings
 from .work import Work, decode_flops, stage
@@ -37,7 +37,7 @@ def measure(settings: Settings, bench: Bench) -> Run:
     ceilings = bench.ceilings
     bench.restart_memory()
     geometry, vae = settings.geometry(), bench.vae(settings)
-    pixels = to_pixels(picture(geometry)).to(bench.device)
+    pixels = to_pixels(picture(geometry.height, geometry.width)).to(bench.device)
     still = still_conditions(vae, pixels)
     encode_ms = []
     for _ in range(_ENCODES):

@@ -10,17 +10,19 @@ from collections import defaultdict
 from statistics import median
 from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from ..config import EngineConfig, StreamGeometry
-from ..config.geometry import FRAMES_PER_SECOND, LATENT_FRAME_STRIDE, SPEECH_RATE
+from ..config.geometry import FRAMES_PER_SECOND, LATENT_FRAME_STRIDE
+from ..synthetic import picture, speech
 
 if TYPE_CHECKING:
     from ..pipeline.precision import LayerLoss
 
 _SHOWN = 20
+_SIDE = 256
+"""Of the synthetic portrait, in pixels."""
 _BLOCK_SECONDS = StreamGeometry.frames_per_block * LATENT_FRAME_STRIDE / FRAMES_PER_SECOND
 
 
@@ -53,8 +55,8 @@ def _measure(arguments: argparse.Namespace, config: EngineConfig, console: Conso
         engine = Engine.from_pretrained(arguments.folder, arguments.lora, config)
     with console.status(f"running {arguments.blocks} blocks"):
         return engine.precision_losses(
-            _portrait() if arguments.image is None else arguments.image,
-            _noise(arguments.blocks) if arguments.audio is None else arguments.audio,
+            picture(_SIDE, _SIDE) if arguments.image is None else arguments.image,
+            speech((arguments.blocks + 1) * _BLOCK_SECONDS) if arguments.audio is None else arguments.audio,
             arguments.prompt,
             max_blocks=arguments.blocks,
         )
@@ -91,17 +93,3 @@ def _worst_table(losses: list[LayerLoss]) -> Table:
     for loss in losses[:_SHOWN]:
         table.add_row(loss.name, f"{loss.sqnr:.1f}", f"{loss.worst_sqnr:.1f}", f"{loss.weight_sqnr:.1f}")
     return table
-
-
-def _portrait() -> np.ndarray:
-    """A bright disc on a gradient, uint8 [256, 256, 3]."""
-    rows, columns = np.mgrid[0:256, 0:256]
-    disc = ((rows - 128) ** 2 + (columns - 128) ** 2 < 80**2) * 100
-    return np.stack((rows // 2 + disc, columns // 2 + disc, 60 + disc), axis=-1).astype(np.uint8)
-
-
-def _noise(blocks: int) -> np.ndarray:
-    """Noise with the loudness of syllables, enough for so many blocks: float32 mono."""
-    count = round((blocks + 1) * _BLOCK_SECONDS * SPEECH_RATE)
-    loudness = np.abs(np.sin(np.arange(count) / SPEECH_RATE * 2 * np.pi * 2.5))
-    return (np.random.default_rng(0).standard_normal(count) * 0.1 * loudness).astype(np.float32)

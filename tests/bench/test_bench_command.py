@@ -14,6 +14,7 @@ from liveavatar_engine.bench.results import Run
 from liveavatar_engine.bench.schema import validate
 from liveavatar_engine.bench.settings import Settings
 from liveavatar_engine.bench.stages import ONCE_PER_BLOCK
+from liveavatar_engine.vae.vae import Vae
 
 TINY = ("--preset", "tiny", "--device", "cpu", "--size", "64x64", "--blocks", "2", "--warmup", "1")
 
@@ -264,3 +265,12 @@ def test_blocks_that_overlap_take_all_their_calls() -> None:
     assert found.frame_wait == pytest.approx(0.5 / 24)
     assert found.ttff == pytest.approx(0.5 / 24 + 4 * 0.1 + 0.05)
     assert found.audio_wait == pytest.approx(4 * 0.48 + 0.16)
+
+
+def test_the_first_frame_is_cold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The engine keeps what it encoded of a picture: the measured session must not find its own."""
+    encoded = []
+    encode = Vae.encode_still
+    monkeypatch.setattr(Vae, "encode_still", lambda *arguments: encoded.append(1) or encode(*arguments))
+    assert command.main(["stream", *TINY, "--blocks", "1", "--warmup", "0", "--json", str(tmp_path / "a.json")]) == 0
+    assert len(encoded) == 2, "the warm-up's picture and the measured one"
