@@ -16,6 +16,7 @@ from liveavatar_engine.bench.counting import Counter
 from liveavatar_engine.errors import ModelError
 from liveavatar_engine.runtime.graphs import PlainCalls, Recorder
 from liveavatar_engine.vae.block_decoder import BlockDecoder
+from liveavatar_engine.vae.light import LightDecoder
 from liveavatar_engine.vae.vae import Vae, load_vae, to_uint8
 
 
@@ -23,8 +24,14 @@ def _latents(count: int, seed: int = 0, rows: int = 8, columns: int = 6) -> torc
     return torch.randn(16, count, rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(params=["wan", "light"])
+def either(request: pytest.FixtureRequest) -> Vae | LightDecoder:
+    """Weights of either kind of decoder, which have the same contract."""
+    return request.getfixturevalue("vae" if request.param == "wan" else "light")
+
+
 def _decoder(
-    vae: Vae, recorder: Recorder | None = None, dtype: torch.dtype = torch.float32, most: int = 3
+    vae: Vae | LightDecoder, recorder: Recorder | None = None, dtype: torch.dtype = torch.float32, most: int = 3
 ) -> BlockDecoder:
     return BlockDecoder(vae, 8, 6, most, recorder or PlainCalls(), dtype)
 
@@ -38,27 +45,27 @@ def test_frames_are_those_of_the_plain_decoder(rows: int, columns: int, vae: Vae
 
 
 @pytest.mark.parametrize("cuts", [(7,), (1, 4, 7), (2, 3, 9), (1, 2, 3, 4, 5, 6, 7, 8, 9)], ids=str)
-def test_any_chunking_decodes_the_same_bits(cuts: tuple[int, ...], vae: Vae) -> None:
+def test_any_chunking_decodes_the_same_bits(cuts: tuple[int, ...], either: Vae | LightDecoder) -> None:
     latents = _latents(10)
-    stream = _decoder(vae).stream()
+    stream = _decoder(either).stream()
     chunks = [stream.decode(latents[:, a:b]) for a, b in pairwise((0, *cuts, 10))]
-    assert torch.equal(torch.cat(chunks), _decoder(vae).stream().decode(latents))
+    assert torch.equal(torch.cat(chunks), _decoder(either).stream().decode(latents))
 
 
-def test_replays_give_the_same_bits(vae: Vae) -> None:
+def test_replays_give_the_same_bits(either: Vae | LightDecoder) -> None:
     recorder = Tapes()
-    decoder = _decoder(vae, recorder)
+    decoder = _decoder(either, recorder)
     streams = [decoder.stream(), decoder.stream()]
     assert recorder.recorded == 3, "the first latent, a single one, a chunk"
     for index, stream in enumerate(streams):
         for chunk in (7, 3, 1, 1, 3):
             stream.decode(_latents(chunk, seed=index))
     assert recorder.recorded == 3
-    assert torch.equal(decoder.stream().decode(_latents(7)), _decoder(vae).stream().decode(_latents(7)))
+    assert torch.equal(decoder.stream().decode(_latents(7)), _decoder(either).stream().decode(_latents(7)))
 
 
-def test_streams_take_turns_without_a_trace(vae: Vae) -> None:
-    decoder = _decoder(vae)
+def test_streams_take_turns_without_a_trace(either: Vae | LightDecoder) -> None:
+    decoder = _decoder(either)
     streams = [decoder.stream() for _ in range(3)]
     together: list[list[torch.Tensor]] = [[], [], []]
     for turn in range(4):
@@ -68,7 +75,7 @@ def test_streams_take_turns_without_a_trace(vae: Vae) -> None:
     streams[1].decode(_latents(1))
     assert streams[0].kept is None
     for index in range(3):
-        alone = _decoder(vae).stream()
+        alone = _decoder(either).stream()
         for turn, frames in enumerate(together[index]):
             assert torch.equal(frames, alone.decode(_latents(3, seed=10 * index + turn)))
 

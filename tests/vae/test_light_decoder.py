@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support import CPU, relative_error, speech
-from tape import Tapes
+from taehv_weights import SHAPE, State, plain_taehv, random_state
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liveavatar_engine import Engine, EngineConfig
@@ -23,79 +20,9 @@ from liveavatar_engine.bench.command import main
 from liveavatar_engine.errors import CheckpointError
 from liveavatar_engine.runtime.graphs import PlainCalls, Recorder
 from liveavatar_engine.vae.block_decoder import BlockDecoder
-from liveavatar_engine.vae.light import LightDecoder, LightShape, load_decoder
+from liveavatar_engine.vae.light import LightDecoder, load_decoder
 from liveavatar_engine.vae.shape import VaeShape
 from liveavatar_engine.vae.vae import LATENT_MEAN, LATENT_STD, Vae, load_vae
-
-SHAPE = LightShape((12, 8, 8, 4), 2, (False, True, True), 16)
-"""Of `random_state`; the published files have widths 256, 128, 64 and 64, and three blocks per level."""
-State = dict[str, Tensor]
-
-
-def random_state(
-    widths: tuple[int, ...] = SHAPE.widths, doublings: tuple[int, ...] = (1, 2, 2), latent_channels: int = 16
-) -> State:
-    """What a file of TAEHV's form holds, an encoder's tensor included; two memory blocks per level."""
-    generator = torch.Generator().manual_seed(1)
-
-    def conv(name: str, channels_in: int, channels_out: int, side: int = 3, bias: bool = True) -> State:
-        size = 1 / math.sqrt(channels_in * side * side)
-        made = {f"{name}.weight": size * torch.randn(channels_out, channels_in, side, side, generator=generator)}
-        return made | ({f"{name}.bias": 0.3 * torch.randn(channels_out, generator=generator)} if bias else {})
-
-    state = conv("decoder.1", latent_channels, widths[0])
-    number = 3
-    for (width, above), times in zip(pairwise(widths), doublings, strict=True):
-        for block in (number, number + 1):
-            state |= conv(f"decoder.{block}.conv.0", 2 * width, width) | conv(f"decoder.{block}.conv.2", width, width)
-            state |= conv(f"decoder.{block}.conv.4", width, width)
-        state |= conv(f"decoder.{number + 3}.conv", width, times * width, side=1, bias=False)
-        state |= conv(f"decoder.{number + 4}", width, above, bias=False)
-        number += 5
-    state |= conv(f"decoder.{number + 1}", widths[-1], 3) | conv("encoder.0", 3, 4)
-    state[f"decoder.{number + 1}.weight"] /= 4
-    state[f"decoder.{number + 1}.bias"] += 0.5
-    return state
-
-
-def plain_taehv(state: State, latents: Tensor) -> Tensor:
-    """All frames at once, layer by layer, in taehv.py's order: [16, n, h, w] -> [4n - 3, 8h, 8w, 3] in [0, 1]."""
-
-    def conv(name: str, x: Tensor) -> Tensor:
-        weight = state[f"{name}.weight"]
-        return F.conv2d(x, weight, state.get(f"{name}.bias"), padding=weight.shape[-1] // 2)
-
-    x = F.relu(conv("decoder.1", 3 * torch.tanh(latents.transpose(0, 1) / 3)))
-    numbers = sorted({int(name.split(".")[1]) for name in state if name.startswith("decoder.")})
-    for number in numbers[1:-1]:
-        name = f"decoder.{number}"
-        if f"{name}.conv.0.weight" in state:
-            past = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
-            y = F.relu(conv(f"{name}.conv.0", torch.cat((x, past), dim=1)))
-            x = F.relu(conv(f"{name}.conv.4", F.relu(conv(f"{name}.conv.2", y))) + x)
-        elif f"{name}.conv.weight" in state:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-            x = conv(f"{name}.conv", x).unflatten(1, (-1, x.shape[1])).flatten(0, 1)
-        else:
-            x = conv(name, x)
-    return conv(f"decoder.{numbers[-1]}", F.relu(x)).clamp(0, 1)[3:].permute(0, 2, 3, 1)
-
-
-@pytest.fixture(scope="module")
-def state() -> State:
-    return random_state()
-
-
-@pytest.fixture(scope="module")
-def file(state: State, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("light") / "taew2_1.pth"
-    torch.save(state, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def light(file: Path) -> LightDecoder:
-    return LightDecoder.load(file, torch.float32, CPU)
 
 
 def _latents(count: int, seed: int = 0, rows: int = 8, columns: int = 6) -> Tensor:
@@ -112,19 +39,19 @@ def test_sizes_follow_from_the_tensors(light: LightDecoder) -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(8, 6), (3, 5)])
-def test_frames_are_those_of_the_plain_form(light: LightDecoder, state: State, rows: int, columns: int) -> None:
+def test_frames_are_those_of_the_plain_form(light: LightDecoder, light_state: State, rows: int, columns: int) -> None:
     latents = _latents(8, rows=rows, columns=columns)
     ours = BlockDecoder(light, rows, columns, 3, PlainCalls(), torch.float32).stream().decode(latents)
-    expected = plain_taehv(state, latents)
+    expected = plain_taehv(light_state, latents)
     assert ours.shape == (29, 8 * rows, 8 * columns, 3)
     assert relative_error(ours.add(1).div(2).clamp(0, 1), expected) <= 1e-5
     assert 0.2 < ((expected > 0) & (expected < 1)).float().mean() < 0.99, "some pixels are clamped, not all"
 
 
-def test_frames_as_they_are_shown(light: LightDecoder, state: State) -> None:
+def test_frames_as_they_are_shown(light: LightDecoder, light_state: State) -> None:
     frames = _decoder(light, dtype=torch.uint8).stream().decode(_latents(4))
     assert frames.dtype == torch.uint8
-    expected = plain_taehv(state, _latents(4)).mul(255).round()
+    expected = plain_taehv(light_state, _latents(4)).mul(255).round()
     difference = (frames - expected).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 1e-3
@@ -142,64 +69,32 @@ def test_frames_come_as_from_the_wan_decoder(light: LightDecoder, vae: Vae) -> N
     assert not torch.equal(a[9], b[9])
 
 
-@pytest.mark.parametrize("cuts", [(7,), (1, 4, 7), (2, 3, 9), (1, 2, 3, 4, 5, 6, 7, 8, 9)], ids=str)
-def test_any_chunking_decodes_the_same_bits(light: LightDecoder, cuts: tuple[int, ...]) -> None:
-    latents = _latents(10)
-    stream = _decoder(light).stream()
-    chunks = [stream.decode(latents[:, a:b]) for a, b in pairwise((0, *cuts, 10))]
-    assert torch.equal(torch.cat(chunks), _decoder(light).stream().decode(latents))
-
-
-def test_replays_give_the_same_bits(light: LightDecoder) -> None:
-    recorder = Tapes()
-    decoder = _decoder(light, recorder)
-    streams = [decoder.stream(), decoder.stream()]
-    assert recorder.recorded == 3, "the first latent, a single one, a chunk"
-    for index, stream in enumerate(streams):
-        for chunk in (7, 3, 1, 1, 3):
-            stream.decode(_latents(chunk, seed=index))
-    assert recorder.recorded == 3
-    assert torch.equal(decoder.stream().decode(_latents(7)), _decoder(light).stream().decode(_latents(7)))
-
-
-def test_streams_take_turns_without_a_trace(light: LightDecoder) -> None:
-    decoder = _decoder(light)
-    streams = [decoder.stream(), decoder.stream()]
-    together: list[list[Tensor]] = [[], []]
-    for turn in range(3):
-        for index, stream in enumerate(streams):
-            together[index].append(stream.decode(_latents(3, seed=10 * index + turn)))
-    for index, frames in enumerate(together):
-        alone = _decoder(light).stream()
-        assert all(torch.equal(part, alone.decode(_latents(3, seed=10 * index + t))) for t, part in enumerate(frames))
-
-
-def test_the_name_tells_which_latents(file: Path, state: State, tmp_path: Path) -> None:
+def test_the_name_tells_which_latents(light_file: Path, light_state: State, tmp_path: Path) -> None:
     """`lighttaew2_1` has the tensors of `taew2_1` and wants the VAE's own latents."""
     theirs = tmp_path / "LightTAEW2_1.safetensors"
-    save_file(state, theirs)
+    save_file(light_state, theirs)
     unnormalised = load_decoder(theirs, torch.float32, CPU)
     assert isinstance(unnormalised, LightDecoder)
     assert not unnormalised.normalised
     latents = _latents(3)
     mean, std = (torch.tensor(values)[:, None, None, None] for values in (LATENT_MEAN, LATENT_STD))
-    expected = plain_taehv(state, latents * std + mean)
+    expected = plain_taehv(light_state, latents * std + mean)
     ours = _decoder(unnormalised).stream().decode(latents)
     assert relative_error(ours.add(1).div(2).clamp(0, 1), expected) <= 1e-5
-    other = file.rename(tmp_path / "mine.pth")
+    other = light_file.rename(tmp_path / "mine.pth")
     with pytest.raises(CheckpointError, match=r"mine\.pth: .*tensors do not tell.*'taew2_1'.*'lighttae'"):
         load_decoder(other, torch.float32, CPU)
     assert LightDecoder.load(other, torch.float32, CPU, normalised=True).normalised
-    other.rename(file)
+    other.rename(light_file)
 
 
-def test_half_precision_files_are_loaded_in_the_dtype_asked_for(state: State, tmp_path: Path) -> None:
+def test_half_precision_files_are_loaded_in_the_dtype_asked_for(light_state: State, tmp_path: Path) -> None:
     path = tmp_path / "taew2_1.safetensors"
-    save_file({name: tensor.half() for name, tensor in state.items()}, path)
+    save_file({name: tensor.half() for name, tensor in light_state.items()}, path)
     light = LightDecoder.load(path, torch.bfloat16, CPU)
     assert light.dtype == torch.bfloat16
     frames = _decoder(light, dtype=torch.uint8).stream().decode(_latents(4)).float()
-    expected = plain_taehv(state, _latents(4)) * 255
+    expected = plain_taehv(light_state, _latents(4)) * 255
     assert (frames - expected).square().mean().sqrt() < 6
 
 
@@ -288,10 +183,10 @@ def test_a_narrow_wan_vae_is_a_decoder(whole: bool, tmp_path: Path) -> None:
         load_decoder(path.with_suffix(".pth"), torch.float32, CPU)
 
 
-def test_an_engine_shows_its_frames(file: Path, checkpoint: Path, face: np.ndarray) -> None:
+def test_an_engine_shows_its_frames(light_file: Path, checkpoint: Path, face: np.ndarray) -> None:
     config = EngineConfig(devices="cpu", size="64x64")
     chunks = []
-    for vae in (file, None):
+    for vae in (light_file, None):
         engine = Engine.from_pretrained(checkpoint, config=config, vae=vae)
         chunks.append(list(engine.generate(face, speech(1.0), seed=1)))
     ours, wan = chunks
@@ -299,15 +194,15 @@ def test_an_engine_shows_its_frames(file: Path, checkpoint: Path, face: np.ndarr
     assert [chunk.start_column for chunk in ours] == [chunk.start_column for chunk in wan]
     assert not any(np.array_equal(one.frames, other.frames) for one, other in zip(ours, wan, strict=True))
     with pytest.raises(CheckpointError, match="no such file"):
-        Engine.from_pretrained(checkpoint, config=config, vae=file.with_name("taew2_1-absent.pth"))
+        Engine.from_pretrained(checkpoint, config=config, vae=light_file.with_name("taew2_1-absent.pth"))
 
 
-def test_the_benchmark_gives_it_a_row(file: Path, tmp_path: Path) -> None:
+def test_the_benchmark_gives_it_a_row(light_file: Path, tmp_path: Path) -> None:
     target = tmp_path / "vae.json"
     point = ["--preset", "tiny", "--size", "64x64", "--device", "cpu", "--blocks", "2", "--warmup", "1"]
-    assert main(["vae", *point, "--vae", str(file), "--json", str(target)]) == 0
+    assert main(["vae", *point, "--vae", str(light_file), "--json", str(target)]) == 0
     (run,) = json.loads(target.read_text())["runs"]
     assert run["figures"]["light_decode_ms_p50"]["value"] > 0
     assert run["figures"]["light_psnr_db"]["value"] < 40, "random weights show something else"
     assert len(run["series"]["light_decode_ms"]["values"]) == 2
-    assert any(file.name in stage["name"] for stage in run["stages"])
+    assert any(light_file.name in stage["name"] for stage in run["stages"])
