@@ -44,12 +44,13 @@ def test_frames_on_their_way_are_not_overtaken(checkpoint) -> None:
     decoder = BlockDecoder(_vae(checkpoint, torch.bfloat16), 8, 6, 3, CudaGraphs(GPU))
     alone, stream = decoder.stream(), decoder.stream()
     expected = [alone.decode(_latents(3, seed)).cpu() for seed in range(20)]
-    pending = []
-    for seed in range(20):
-        pending.append(stream.start(_latents(3, seed), StageTimer(GPU)))
+    pending, timers = [], [StageTimer(GPU) for _ in range(20)]
+    for seed, timer in enumerate(timers):
+        pending.append(stream.start(_latents(3, seed), timer))
         torch.randn(512, 512, device=GPU) @ torch.randn(512, 512, device=GPU)
-    for frames, truth in zip(pending, expected, strict=True):
+    for frames, timer, truth in zip(pending, timers, expected, strict=True):
         assert torch.equal(torch.from_numpy(frames.wait()), truth)
+        assert timer.seconds()["decode"] > 0
 
 
 def test_frames_may_stay_on_the_device(checkpoint) -> None:

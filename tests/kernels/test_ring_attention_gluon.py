@@ -8,14 +8,14 @@ import triton
 from liveavatar_kernels import KernelUnavailableError
 from liveavatar_kernels.cache import MOVED, RING_WRAPPED
 from liveavatar_kernels.model_sizes import WAN_14B
-from liveavatar_kernels.ring_attention import OP, gluon, ring_attention
+from liveavatar_kernels.ring_attention import OP, gluon, gluon_device, ring_attention
 from liveavatar_kernels.ring_attention.cases import CASES, Case
 from liveavatar_kernels.rotation import rotate_pairs
 from support import relative_error
 
 DENSE = [case for case in CASES if not case.quantized]
 HOPPER = torch.device("cuda:0")
-locate = gluon.locate.fn
+locate = gluon_device.locate.fn
 """Integers only: the function of the kernel runs as it is."""
 
 
@@ -24,7 +24,7 @@ def _tiles(lengths: list[int], keys: int) -> list[int]:
 
 
 def _part(table: list[int], part: int, parts: int, keys: int) -> tuple[int, int]:
-    """First and last tile, as `gluon.attend` computes them."""
+    """First and last tile, as `gluon_device.attend` computes them."""
     tiles = sum(_tiles(table[1::2], keys))
     return part * tiles // parts, (part + 1) * tiles // parts
 
