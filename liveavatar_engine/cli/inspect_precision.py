@@ -52,7 +52,7 @@ def _measure(arguments: argparse.Namespace, config: EngineConfig, console: Conso
     from ..pipeline.engine import Engine
 
     with console.status("loading the checkpoint"):
-        engine = Engine.from_pretrained(arguments.folder, arguments.lora, config)
+        engine = Engine.from_pretrained(arguments.folder, arguments.lora, dataclasses.replace(config, graphs=False))
     with console.status(f"running {arguments.blocks} blocks"):
         return engine.precision_losses(
             picture(_SIDE, _SIDE) if arguments.image is None else arguments.image,

@@ -45,6 +45,8 @@ def still_conditions(
 ) -> StillConditions:
     """Encode an image that stands still, once: the encoder is causal, so shorter repetitions are beginnings of longer.
 
+    What is returned holds no memory of the other latents.
+
     `pixels` is [3, height, width] in [-1, 1]. The defaults are the reference's block-wise pipeline.
     """
     reference_index, motion_count = (
@@ -52,9 +54,9 @@ def still_conditions(
     )
     latents = vae.encode_still(pixels, motion_count + 1)
     return StillConditions(
-        reference=latents[:, reference_index : reference_index + 1],
-        motion=latents[:, -MOTION_LATENTS:],
-        priming=latents[:, :PRIMING_LATENTS],
+        reference=latents[:, reference_index : reference_index + 1].clone(),
+        motion=latents[:, -MOTION_LATENTS:].clone(),
+        priming=latents[:, :PRIMING_LATENTS].clone(),
     )
 
 

@@ -236,8 +236,10 @@ class Engine:
             The layers, the one that loses most first; those that `generate` does not call are not among them.
 
         Raises:
-            ConfigError: the engine's own layers are in e4m3.
+            ConfigError: the engine's own layers are in e4m3, or it replays graphs, which call no layer.
         """
+        if self._graphs:
+            raise ConfigError("captured graphs call no layer that could be measured: open the engine with graphs=False")
         if self.config.precision == "fp8":
             raise ConfigError("precision fp8 leaves nothing to compare with: measure with bf16 or fp32")
         with (

@@ -8,8 +8,10 @@ import pytest
 from support import speech
 
 from liveavatar_engine import Engine, EngineConfig
+from liveavatar_engine.cli import main
 from liveavatar_engine.errors import ConfigError
 from liveavatar_engine.model.linear import Fp8Linear
+from liveavatar_engine.pipeline import engine as engine_module
 
 
 def _engine(checkpoint: Path, **settings) -> Engine:
@@ -73,6 +75,19 @@ def test_a_name_that_skips_nothing_is_an_error(checkpoint: Path) -> None:
 def test_losses_are_measured_against_more_than_fp8(checkpoint: Path, face: np.ndarray) -> None:
     with pytest.raises(ConfigError, match="nothing to compare with"):
         _engine(checkpoint, precision="fp8").precision_losses(face, speech(0.4))
+
+
+def test_losses_are_not_measured_on_replayed_graphs(
+    checkpoint: Path, face: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay calls no layer; the command opens its engine without graphs."""
+    monkeypatch.setattr(engine_module, "graphs_absent", lambda device: None)
+    with pytest.raises(ConfigError, match="graphs=False"):
+        _engine(checkpoint).precision_losses(face, speech(0.4))
+    assert _engine(checkpoint, graphs=False).precision_losses(face, speech(0.4))
+    report = tmp_path / "losses.json"
+    assert main(["inspect", str(checkpoint), "--precision", "--size", "64x64", "--json", str(report)]) == 0
+    assert report.stat().st_size > 1000
 
 
 def test_kernels_are_logged_and_an_unknown_choice_is_an_error(
