@@ -82,9 +82,11 @@ class Encoders:
 class Engine:
     """A loaded checkpoint, ready to serve. Make one with `from_pretrained`, and `close` it, or use it in a `with`."""
 
-    def __init__(self, config: EngineConfig, runner: Runner, encoders: Encoders) -> None:
+    def __init__(
+        self, config: EngineConfig, runner: Runner, encoders: Encoders, trace: Path | None = None
+    ) -> None:
         """Put loaded parts together: what makes blocks, and what encodes their conditions."""
-        self.config = config
+        self.config, self._trace = config, trace
         self._runner, self._encoders = runner, encoders
         self._lock = threading.Lock()
         self._window: AudioWindow | None = None
@@ -99,40 +101,28 @@ class Engine:
         progress: LoadProgress | None = None,
         *,
         vae: str | Path | None = None,
+        trace: str | Path | None = None,
     ) -> Self:
         """Load a checkpoint directory, original or converted, merging a LoRA adapter where one is given.
 
         `progress` is called with the tensors of the network loaded so far and to be loaded. `vae` is a file with the
-        weights of a light decoder (docs/light-decoder.md), which makes frames in place of the checkpoint's VAE.
+        weights of a light decoder (docs/light-decoder.md), which makes frames in place of the checkpoint's VAE. With
+        several devices, `trace` is a file that gets a timeline of all of them when the engine is closed.
+
+        Several devices have a worker process each. In a torchrun job these are the job's processes: this returns in the
+        first one, and in all others it serves that one's engines until it ends, and then exits.
 
         Raises:
             CheckpointError: parts are missing or damaged or do not fit together; nothing has been allocated for the
                 network by then.
             ConfigError: the device or precision asked for is not there or contradicts a converted checkpoint, or
                 LIVEAVATAR_KERNELS names no kernels.
+            WorkerError: a worker process has ended.
             DeviceMemoryError: the device or the host has too little memory free; nothing has been allocated.
         """
-        device = resolve_device((config or EngineConfig()).devices)
-        log_kernels(device)
-        found, adapter = Checkpoint(Path(checkpoint)), Path(lora) if lora is not None else None
-        config = settled(config or EngineConfig(), found.root, adapter)
-        require_memory(found, config, device)
-        precision = resolve_precision(config, device)
-        dtype, offload = precision.dtype, fetchers(config, device)
-        _log.info("loading %s as %s on %s", found.root, dtype, device)
-        audio_encoder = AudioEncoder.load(found.audio_encoder, device)
-        text_encoder = TextEncoder.load(found.text_encoder, found.tokenizer, dtype, device, offload.get("text_encoder"))
-        decoder = None if vae is None else load_decoder(Path(vae), precision.decoder, device)
-        wan = load_offloadable_vae(found.vae, precision.decoder, device, offload.get("vae"))
-        network = load_network(found.root, adapter, dtype, device, progress, precision.fp8_skip)
-        sizes = (audio_encoder.state_count, audio_encoder.state_dim)
-        if sizes != (network.config.audio_layers, network.config.audio_dim):
-            raise CheckpointError(
-                f"{found.audio_encoder}: {sizes[0]} states of {sizes[1]}; the network was made for "
-                f"{network.config.audio_layers} of {network.config.audio_dim}"
-            )
-        runner = OneDevice(config, network, decoder or wan)
-        return cls(config, runner, Encoders(wan, text_encoder, audio_encoder))
+        source = Source(Path(checkpoint), _path(lora), _path(vae))
+        parts = assemble(source, config or EngineConfig(), progress, trace=trace is not None)
+        return cls(parts.config, parts.runner, parts.encoders, _path(trace))
 
     @property
     def device(self) -> torch.device:
@@ -153,8 +143,16 @@ class Engine:
         self._runner.drain()
 
     def close(self) -> None:
-        """End all sessions, and the engine's worker processes; a second call does nothing."""
-        self._runner.close()
+        """End all sessions, and the engine's worker processes; a second call does nothing.
+
+        Raises:
+            OutputError: the trace cannot be written; everything has ended all the same.
+        """
+        runner = self._runner
+        if self._trace is not None and isinstance(runner, ManyDevices):
+            runner.drain()
+            spans, self._trace = (runner.spans(), self._trace), None
+        runner.close()
 
     def __enter__(self) -> Self:
         return self
