@@ -171,6 +171,7 @@ class TestBubbles:
         assert second.share == pytest.approx(0.2 / 0.55)
         assert utilisation(SPANS, (10.2, 10.4))[0].share == pytest.approx(1.0)
         assert utilisation([]) == []
+        assert [(rank.rank, rank.busy) for rank in utilisation(SPANS, ranks=(2,))] == [(2, 0)]
 
     def test_what_overlaps_counts_once(self) -> None:
         spans = [Span(0, COMPUTE, 0.0, 1.0, 0, 1), Span(0, DECODE, 0.5, 1.5, 0, 0), Span(0, SEND, 1.5, 2.0, 0, 0)]

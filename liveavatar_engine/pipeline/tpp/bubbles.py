@@ -74,21 +74,28 @@ def window_of(spans: Iterable[Span]) -> Window:
     return min((span.start for span in busy), default=0.0), max((span.end for span in busy), default=0.0)
 
 
-def utilisation(spans: Sequence[Span], window: Window | None = None) -> list[Utilisation]:
-    """Of each rank that did something, in rank order; `window` is that of all spans if None."""
+def utilisation(
+    spans: Sequence[Span], window: Window | None = None, ranks: Iterable[int] | None = None
+) -> list[Utilisation]:
+    """Of each rank, in rank order.
+
+    Args:
+        spans: of all of them.
+        window: that is looked at; None: that of all spans.
+        ranks: to tell of, also where they did nothing; None: those that have a span.
+    """
     start, end = window or window_of(spans)
-    ranks = sorted({span.rank for span in spans})
     return [
         Utilisation(rank, sum(stop - begin for begin, stop, _ in _busy(spans, rank, (start, end))), end - start)
-        for rank in ranks
+        for rank in _ranks(spans, ranks)
     ]
 
 
-def bubbles(spans: Sequence[Span], window: Window | None = None) -> list[Bubble]:
-    """Every gap of every rank within a window, by rank and time; `window` is that of all spans if None."""
+def bubbles(spans: Sequence[Span], window: Window | None = None, ranks: Iterable[int] | None = None) -> list[Bubble]:
+    """Every gap of each rank within a window, by rank and time; arguments as of `utilisation`."""
     start, end = window or window_of(spans)
     found = []
-    for rank in sorted({span.rank for span in spans}):
+    for rank in _ranks(spans, ranks):
         idle = start
         for begin, stop, span in _busy(spans, rank, (start, end)):
             if begin > idle:
@@ -114,6 +121,10 @@ def warm_ups(spans: Sequence[Span], update_after: int | None) -> WarmUps:
         if gap.start > start and gap.block == update_after and head[gap.session] == gap.rank:
             second[gap.session] += gap.seconds
     return WarmUps(max(first, default=0.0), max(second.values(), default=0.0))
+
+
+def _ranks(spans: Iterable[Span], ranks: Iterable[int] | None) -> list[int]:
+    return sorted({span.rank for span in spans} if ranks is None else set(ranks))
 
 
 def _work(spans: Iterable[Span]) -> list[Span]:
