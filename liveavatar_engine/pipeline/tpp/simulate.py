@@ -144,8 +144,10 @@ def simulate(
 def real_time_sessions(lane: Lane, costs: StageCosts) -> int:
     """How many sessions a lane can serve at 25 frames/s each."""
     *stages, last = lane.seconds(costs)
-    by_decoders = _fit(last) * len(lane.decoders)
-    return min([by_decoders, *(_fit(seconds) for seconds in (*stages, costs.transfer) if stages and seconds)])
+    between = [costs.transfer] if len(lane.stages) > 1 and costs.transfer else []
+    behind = [costs.transfer] if lane.decodes_apart and costs.transfer else []
+    by_decoders = len(lane.decoders) * min(_fit(seconds) for seconds in (last, *behind))
+    return min([by_decoders, *(_fit(seconds) for seconds in (*stages, *between))])
 
 
 def _fit(seconds: float) -> int:
