@@ -95,7 +95,7 @@ class TestSteadyState:
         steps=st.integers(1, 5),
         sessions=st.integers(1, 4),
         mates=st.integers(1, 2),
-        costs=st.builds(StageCosts.of, st.integers(1, 90), st.integers(1, 200), st.integers(0, 30)),
+        costs=st.builds(StageCosts.of, st.integers(10, 90), st.integers(5, 200), st.integers(0, 3)),
         update_after=st.none() | st.integers(1, 6),
     )
     def test_of_any_layout(
@@ -107,7 +107,11 @@ class TestSteadyState:
             return
         found = simulate(plan, costs, 60, sessions=sessions, update_after=update_after)
         predicted = plan.fps(costs, FRAMES_PER_BLOCK, sessions)
-        assert 0.97 * predicted < found.fps < 1.03 * predicted
+        evenly = all(
+            sessions % (len(plan.lanes) * len(lane.decoders)) == 0 for lane in plan.lanes if lane.decodes_apart
+        )
+        most = predicted if evenly or sessions == 1 else plan.fps(costs, FRAMES_PER_BLOCK)
+        assert 0.97 * predicted < found.fps < 1.03 * most
         assert all(len(delivered) == 60 for delivered in found.delivered)
         assert all(list(delivered) == sorted(delivered) for delivered in found.delivered)
         for rank in plan.ranks:
