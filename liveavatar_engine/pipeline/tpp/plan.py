@@ -119,13 +119,15 @@ class Lane:
 
         Args:
             costs: of the stages.
-            sessions: that are served at once: a decoder beyond their number has nothing to do. None: as many as
-                decoders, or more.
+            sessions: that are served at once. The decoder that has the most of them holds back the others, too: a stage
+                waits with its blocks. None: as many as decoders, or a multiple.
         """
-        decoders = len(self.decoders) if sessions is None else min(len(self.decoders), sessions)
-        found = list(self.seconds(costs))
-        found[-1] /= decoders
-        return max(*found, costs.transfer if self.depth > 1 else 0.0)
+        decoders = len(self.decoders)
+        busiest = 1 / decoders if sessions is None else -(-sessions // decoders) / sessions
+        *stages, last = self.seconds(costs)
+        between = costs.transfer if len(self.stages) > 1 else 0.0
+        behind = costs.transfer if self.decodes_apart else 0.0
+        return max(*stages, last * busiest, between, behind * busiest)
 
     def first_frame(self, costs: StageCosts, early: bool = False) -> float:
         """Seconds from a block's audio to its first frames when nothing is in front of it.
@@ -170,7 +172,7 @@ class Plan:
             costs: of the stages.
             frames_per_block: video frames in a block.
             sessions: served at once, spread over the lanes in turn; a lane without a session makes nothing. None:
-                enough for every lane and decoder.
+                as many for every decoder.
         """
         served = [None] * len(self.lanes) if sessions is None else _in_turn(sessions, len(self.lanes))
         rates = (1 / lane.bottleneck(costs, n) for lane, n in zip(self.lanes, served, strict=True) if n != 0)
@@ -302,8 +304,10 @@ class _Search:
 
     def _score(self, shape: _Shape) -> _Score:
         seconds, apart = self._seconds(shape), min(1, shape.decoders)
-        bottleneck = max(*seconds, self._transfer if len(seconds) > 1 else Fraction(0))
-        alone = max(bottleneck, self._decode)
+        between = self._transfer if len(shape.stages) > 1 else Fraction(0)
+        behind = self._transfer if apart else Fraction(0)
+        bottleneck = max(*seconds, between, behind / max(1, shape.decoders))
+        alone = max(bottleneck, self._decode, behind)
         latency = self._steps * self._step + self._decode + (len(seconds) - 1) * self._transfer
         return 1 / bottleneck, 1 / alone, apart, -latency
 
