@@ -61,6 +61,9 @@ def assemble(source: Source, config: EngineConfig, progress: LoadProgress | None
     job = Job.current()
     names = device_names(config, job)
     if len(names) > 1:
+        if job is not None and job.rank > 0:
+            job.serve()
+            raise SystemExit(0)
         return _on_many(source, config, names, job, progress, trace)
     if trace:
         raise ConfigError("trace: a timeline is drawn of several devices; this engine has one")
@@ -83,8 +86,8 @@ def device_names(config: EngineConfig, job: Job | None) -> tuple[str, ...]:
         return config.devices
     if job is not None and job.world_size not in (1, len(config.devices)):
         raise ConfigError(
-            f"devices: {len(config.devices)} are named, and torchrun has started {job.world_size} processes; each needs "
-            "one device of its own"
+            f"devices: {len(config.devices)} are named, and torchrun has started {job.world_size} processes: "
+            "each needs a device of its own"
         )
     seen: dict[str, str] = {}
     for name in config.devices:

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from ..conditions.actors import actor_mask
-from ..conditions.audio_encoder import AudioEncoder
 from ..conditions.audio_features import ActorFeatures, Features, WindowedFeatures, window_samples
 from ..conditions.audio_window import AudioWindow
 from ..conditions.pose import PoseStream
 from ..conditions.speech import LiveSpeech
 from ..conditions.still import StillCache, to_pixels
-from ..conditions.text import TextEncoder
 from ..config import EngineConfig, StreamGeometry
 from ..config.engine import DEFAULT_SEED
 from ..config.fit import TYPICAL_SIDES
@@ -28,21 +26,19 @@ from ..config.geometry import FRAMES_PER_SECOND
 from ..denoise.executor import StepExecutor
 from ..denoise.noise import check_seed
 from ..denoise.stream import Conditions, SinkPolicy
-from ..errors import CheckpointError, ConfigError, InputError
+from ..errors import ConfigError, InputError
 from ..runtime.graphs import recorder
-from ..vae.light import load_decoder
-from ..vae.vae import Vae
-from ..weights.budget import require_memory
-from ..weights.conversion import settled
-from ..weights.layout import Checkpoint
-from ..weights.network import LoadProgress, load_network
+from ..weights.network import LoadProgress
 from . import inputs
-from .device import graphs_absent, log_kernels, resolve_device, resolve_precision
-from .offload import fetchers, load_offloadable_vae
+from .assembly import Source, assemble
+from .device import graphs_absent
+from .encoders import Encoders
 from .one_device import OneDevice
 from .precision import LayerLoss, measured_losses
 from .runner import Runner, StreamOrder, WorkerInfo
 from .session import Session
+from .tpp.many_devices import ManyDevices
+from .tpp.trace import write_chrome_trace
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,21 +66,10 @@ class _Scene:
     pose: PoseStream | None
 
 
-@dataclass(frozen=True)
-class Encoders:
-    """What encodes the conditions of streams: pictures, prompts and speech."""
-
-    vae: Vae
-    text: TextEncoder
-    audio: AudioEncoder
-
-
 class Engine:
     """A loaded checkpoint, ready to serve. Make one with `from_pretrained`, and `close` it, or use it in a `with`."""
 
-    def __init__(
-        self, config: EngineConfig, runner: Runner, encoders: Encoders, trace: Path | None = None
-    ) -> None:
+    def __init__(self, config: EngineConfig, runner: Runner, encoders: Encoders, trace: Path | None = None) -> None:
         """Put loaded parts together: what makes blocks, and what encodes their conditions."""
         self.config, self._trace = config, trace
         self._runner, self._encoders = runner, encoders
@@ -138,6 +123,17 @@ class Engine:
         """The processes that work for this engine, by rank; none on a single device."""
         return self._runner.workers()
 
+    def restart(self) -> None:
+        """Start the worker processes again, after one has failed, or at any time: sessions that are open end.
+
+        Raises:
+            ConfigError: there are none, on a single device.
+            LiveAvatarError: what a worker could not do; none is left running.
+        """
+        if not isinstance(self._runner, ManyDevices):
+            raise ConfigError("restart: an engine on one device has no workers")
+        self._runner.restart()
+
     def drain(self) -> None:
         """Begin no further block: sessions end, as if their audio did, when the blocks under way are delivered."""
         self._runner.drain()
@@ -150,8 +146,9 @@ class Engine:
         """
         runner = self._runner
         if self._trace is not None and isinstance(runner, ManyDevices):
-            runner.drain()
-            spans, self._trace = (runner.spans(), self._trace), None
+            spans, path, self._trace = runner.spans(), self._trace, None
+            runner.close()
+            write_chrome_trace(path, spans, runner.plan)
         runner.close()
 
     def __enter__(self) -> Self:
@@ -329,3 +326,7 @@ class Engine:
         if not isinstance(prompt, str):
             raise InputError(f"prompt: expected text, not {type(prompt).__name__}")
         return self._encoders.text.context(prompt, self._runner.model.text_len)
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)

@@ -6,10 +6,14 @@ itself: it starts one for its own rank beside it.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
+import signal
 import socket
-import time
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -22,8 +26,8 @@ from .launch import Process
 from .link import LOCALHOST, Address, connect
 from .worker import Worker
 
-_MEETING = "liveavatar/front/{}"
-_MEETING_SECONDS = 3600.0
+_MEETINGS, _MEETING = "liveavatar/meetings", "liveavatar/meeting/{}"
+_FOREVER = timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -76,24 +80,46 @@ class Job:
 
     def start(self, address: Address, key: bytes, ranks: int) -> list[Process]:
         """Tell the job's other processes where the front is, and start the first rank's worker."""
-        told = json.dumps({"address": list(address), "key": key.hex()})
         store = self._store()
-        meeting = store.add("liveavatar/meetings", 1)
-        store.set(_MEETING.format(meeting), told)
+        if store.add(_MEETINGS, 0) == 0:
+            atexit.register(_meet, store, {"end": True})
+        _meet(store, {"address": list(address), "key": key.hex()})
         return [Process(0, address, key, self.host)]
 
     def serve(self) -> None:
-        """Be this rank's worker, for one engine of the first process after another, until that process ends."""
+        """Be this rank's worker, for one engine of the first process after another, until that process ends.
+
+        In the main thread, SIGTERM lets the first process finish what is under way.
+        """
         store = self._store()
         for meeting in itertools.count(1):
-            store.wait([_MEETING.format(meeting)])
+            store.wait([_MEETING.format(meeting)], _FOREVER)
             told = json.loads(store.get(_MEETING.format(meeting)))
-            key = bytes.fromhex(told["key"])
-            Worker(connect((told["address"][0], told["address"][1]), key), self.rank, key, self.host).serve()
+            if "end" in told:
+                return
+            key, (host, port) = bytes.fromhex(told["key"]), told["address"]
+            worker = Worker(connect((host, port), key), self.rank, key, self.host)
+            with _on_termination(worker.drain):
+                worker.serve()
 
     def _store(self) -> dist.Store:
         """The job's store, which torchrun's agent keeps."""
-        deadline = time.monotonic() + _MEETING_SECONDS
-        store = dist.TCPStore(*self.master, None, False, timeout=timedelta(seconds=_MEETING_SECONDS))
-        assert time.monotonic() < deadline
-        return store
+        return dist.TCPStore(*self.master, world_size=None, is_master=False)
+
+
+def _meet(store: dist.Store, told: dict[str, object]) -> None:
+    """Tell all ranks of a job something."""
+    store.set(_MEETING.format(store.add(_MEETINGS, 1)), json.dumps(told))
+
+
+@contextmanager
+def _on_termination(call: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM calls this in the body, if it runs in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: call())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

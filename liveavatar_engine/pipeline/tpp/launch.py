@@ -45,8 +45,10 @@ class Process:
 class Launcher(Protocol):
     """Brings the processes of a plan about."""
 
-    host: str
-    """An address of this machine that they reach."""
+    @property
+    def host(self) -> str:
+        """An address of this machine that they reach."""
+        ...
 
     def start(self, address: Address, key: bytes, ranks: int) -> list[Process]:
         """Make `ranks` processes connect to `address`; returns those that have been started here."""
