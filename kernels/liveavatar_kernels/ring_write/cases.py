@@ -97,7 +97,7 @@ def in_torch(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def model_cases(sizes: ModelSizes) -> tuple[Case, ...]:
-    """The block of every picture size, into the last slot of a full ring; of half the heads as two GPUs share it."""
+    """The block of every picture size, into the last slot of a full ring, and its share of the heads on two GPUs."""
     cases = []
     for tokens in sizes.block_tokens:
         frame_tokens = tokens // sizes.block_frames
