@@ -16,11 +16,20 @@ STEPS = 3
 
 
 class Streams:
-    """Streams of one executor with inputs drawn from seeds."""
+    """Streams of one executor, of `size` pixels (height and width), with inputs drawn from seeds."""
 
-    def __init__(self, network: Network, *, sessions: int = 1, steps: int = STEPS, clean: bool = False, **settings):
+    def __init__(
+        self,
+        network: Network,
+        *,
+        sessions: int = 1,
+        steps: int = STEPS,
+        clean: bool = False,
+        size: tuple[int, int] = (64, 80),
+        **settings,
+    ):
         self.network = network
-        self.geometry = StreamGeometry(network.config, 64, 80)
+        self.geometry = StreamGeometry(network.config, *size)
         denoiser = Denoiser(network, flow_match_schedule(steps), clean_pass=clean)
         self.executor = StepExecutor(denoiser, self.geometry, sessions=sessions, **settings)
 
