@@ -126,19 +126,24 @@ class Strips:
         return self._in_order(self._group.gather(x))
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor, norm_q: RMSNorm, norm_k: RMSNorm) -> HeadRows:
-        tokens, heads, head_dim = q.shape
-        by_rank = (self.ranks, heads // self.ranks)
-        packed = q.new_empty(self.ranks, tokens, 3, by_rank[1], head_dim)
-        for row, part in enumerate((norm_q(q.flatten(1)), norm_k(k.flatten(1)), v.flatten(1))):
-            packed[:, :, row].copy_(part.unflatten(1, (*by_rank, head_dim)).transpose(0, 1))
-        received = self._group.all_to_all(packed.flatten(0, 1), [tokens] * self.ranks, self._rows(tokens))
-        q, k, v = self._in_order(received).unbind(1)
-        return HeadRows(q, k, v, None, None)
+        sent, received = [len(q)] * self.ranks, self._rows(len(q))
+        rows = self._in_order(self._group.all_to_all(self._packed(q, k, v, norm_q, norm_k), sent, received))
+        return HeadRows(rows[:, 0], rows[:, 1], rows[:, 2], None, None)
 
     def to_tokens(self, attended: Tensor) -> Tensor:
         mine = self.count(len(attended))
         received = self._group.all_to_all(self._by_rank(attended), self._rows(mine), [mine] * self.ranks)
         return received.unflatten(0, (self.ranks, mine)).transpose(0, 1).flatten(1, 2)
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, norm_q: RMSNorm, norm_k: RMSNorm) -> Tensor:
+        """q, k and v side by side, first the heads of rank 0: [ranks * my tokens, 3, heads of a rank, head_dim]."""
+        tokens, heads, head_dim = q.shape
+        packed = q.new_empty(self.ranks, tokens, 3, heads // self.ranks, head_dim)
+        by_rank = packed.movedim(0, 1)
+        by_rank[:, :, 0].copy_(norm_q(q.flatten(1)).view_as(by_rank[:, :, 0]))
+        by_rank[:, :, 1].copy_(norm_k(k.flatten(1)).view_as(by_rank[:, :, 1]))
+        by_rank[:, :, 2].copy_(v.unflatten(1, (self.ranks, -1)))
+        return packed.flatten(0, 1)
 
     def _rows(self, mine: int) -> list[int]:
         """Tokens of each rank where so many are mine."""
