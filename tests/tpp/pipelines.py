@@ -85,9 +85,7 @@ class Beats:
         return index < self._held
 
 
-def order(
-    features: Any, *, update_after: int | None = 4, side: int = 64, max_blocks: int | None = None
-) -> StreamOrder:
+def order(features: Any, *, update_after: int | None = 4, side: int = 64, max_blocks: int | None = None) -> StreamOrder:
     geometry = StreamGeometry(MODEL, side, side)
     channels, _, height, width = geometry.block_shape
     reference = torch.zeros(channels, 1, height, width)
