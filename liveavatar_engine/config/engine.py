@@ -28,7 +28,6 @@ OFFLOADABLE = ("text_encoder", "vae")
 """Parts whose weights can stay in host memory."""
 DESIGN_STAGE_MS = (110.0, 60.0)
 """A step and a block's decoding on an H200, as the design's budget wants them."""
-_NOT_YET = "is not available in this version"
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ class EngineConfig:
             with each of `steps` blocks at once: the same latents with larger products, each block `steps` times later.
         kv_mode: "timestep": each step attends to keys of its own noise level, in a ring of its own; "clean": all steps
             share one ring, whose keys and values come from one more evaluation of the finished latents.
-        sequence_parallel: GPUs that share one timestep.
+        sequence_parallel: devices that share each denoise step, to shorten the wait for the first frame; must divide
+            the network's heads and the tokens of a latent frame.
         max_sessions: sessions that can be open at the same time.
         frames: "host": chunks hold numpy arrays; "device": tensors on the engine's device, which other libraries can
             take over without a copy (DLPack).
@@ -129,7 +129,6 @@ class EngineConfig:
         self._check_schedule()
         if not isinstance(self.devices, str) and len(self.devices) > 1:
             self.check_for_several_devices()
-        self._refuse_what_is_not_built()
 
     @property
     def parsed_size(self) -> Size:
@@ -178,10 +177,6 @@ class EngineConfig:
         for name, needed in (("schedule", "sequential"), ("kv_mode", "timestep"), ("frames", "host")):
             if getattr(self, name) != needed:
                 raise ConfigError(f"several devices need {name} {needed!r}, not {getattr(self, name)!r}")
-
-    def _refuse_what_is_not_built(self) -> None:
-        if self.sequence_parallel > 1:
-            raise ConfigError(f"sequence_parallel={self.sequence_parallel} {_NOT_YET}; use 1")
 
 
 def _names(setting: str, names: Any) -> tuple[str, ...]:

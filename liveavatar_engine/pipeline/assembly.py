@@ -11,7 +11,7 @@ import torch
 from ..config import EngineConfig, ModelConfig
 from ..errors import ConfigError
 from ..vae.light import load_decoder
-from ..weights.budget import require_memory
+from ..weights.budget import expected_geometry, require_memory
 from ..weights.conversion import settled
 from ..weights.layout import Checkpoint
 from ..weights.network import LoadProgress, load_network
@@ -142,6 +142,8 @@ def _on_many(
     plan = choose_plan(config, names)
     found = Checkpoint(source.checkpoint)
     config = settled(replace(config, devices=names), found.root, source.lora)
+    model = ModelConfig.from_file(found.config)
+    expected_geometry(model, config).heads_per_rank(config.sequence_parallel)
     here = len(names) if job is None else job.local_world_size
     decoders = [rank for rank in plan.ranks if rank.decoder is not None and rank.rank < here]
     device = resolve_device((decoders[0].device if decoders else names[here - 1],))
@@ -149,7 +151,6 @@ def _on_many(
     _log.info("loading %s on %s", found.root, ", ".join(f"{rank.device}: {rank.stage}" for rank in plan.ranks))
     encoders = Encoders.load(found, config, device)
     launcher: Launcher = Spawn() if job is None or job.world_size == 1 else job
-    model = ModelConfig.from_file(found.config)
     runner = ManyDevices(plan, config, weights, model, launcher, device, progress=progress, trace=trace)
     return Parts(config, runner, encoders)
 

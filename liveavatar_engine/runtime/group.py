@@ -41,6 +41,10 @@ class Group(Protocol):
         """All ranks' rows, as many from each, in the order of the ranks: [count, ...] -> [size * count, ...]."""
         ...
 
+    def share(self, tensor: Tensor) -> Tensor:
+        """The tensor of rank 0, which others overwrite theirs with: of the same shape and dtype, contiguous."""
+        ...
+
 
 class Work(Protocol):
     """A call of a backend that is under way."""
@@ -61,6 +65,8 @@ class Backend(Protocol):
 
     def _allgather_base(self, output: Tensor, input: Tensor, opts: Any, /) -> Work | None: ...
 
+    def broadcast(self, tensors: list[Tensor], opts: Any, /) -> Work | None: ...
+
 
 class BackendGroup:
     """A group over a raw backend of torch.distributed, Gloo's or NCCL's, which belongs to whoever has built it.
@@ -74,11 +80,15 @@ class BackendGroup:
     """
 
     def __init__(self, backend: Backend) -> None:
-        from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions  # not in every build of torch
+        from torch.distributed.distributed_c10d import (  # not in every build of torch
+            AllgatherOptions,
+            AllToAllOptions,
+            BroadcastOptions,
+        )
 
         self._backend = backend
-        self._to_all, self._gather = AllToAllOptions(), AllgatherOptions()
-        self._to_all.asyncOp = self._gather.asyncOp = False
+        self._to_all, self._gather, self._share = AllToAllOptions(), AllgatherOptions(), BroadcastOptions()
+        self._to_all.asyncOp = self._gather.asyncOp = self._share.asyncOp = False
 
     @property
     def rank(self) -> int:
@@ -98,6 +108,10 @@ class BackendGroup:
         made = rows.new_empty((self.size * len(rows), *rows.shape[1:]))
         _done(self._backend._allgather_base(_as_bytes(made), _as_bytes(rows), self._gather))
         return made
+
+    def share(self, tensor: Tensor) -> Tensor:
+        _done(self._backend.broadcast([tensor], self._share))
+        return tensor
 
 
 def _as_bytes(rows: Tensor) -> Tensor:

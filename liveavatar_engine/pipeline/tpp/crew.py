@@ -227,24 +227,37 @@ class Crew:
         """Tell each worker who its neighbours are."""
         self._store = dist.TCPStore(self._launcher.host, 0, None, True, wait_for_workers=False)
         for lane in self.plan.lanes:
-            ways: list[tuple[int, ...]] = [(stage[0].rank,) for stage in lane.stages]
-            if lane.decodes_apart:
-                ways.append(tuple(rank.rank for rank in lane.decoders))
-            for index, ranks in enumerate(ways):
-                after = ways[index + 1] if index + 1 < len(ways) else ()
-                for rank in ranks:
-                    self.send(rank, self._places(rank, ways[index - 1][0] if index else None, after, addresses))
+            ways = [tuple(rank.rank for rank in stage) for stage in lane.stages]
+            decoders = tuple(rank.rank for rank in lane.decoders) if lane.decodes_apart else ()
+            for index, mates in enumerate(ways):
+                after = ways[index + 1][:1] if index + 1 < len(ways) else decoders
+                before = ways[index - 1][0] if index else None
+                for rank in mates:
+                    leads = rank == mates[0]
+                    places = self._places(rank, before if leads else None, after if leads else (), mates, addresses)
+                    self.send(rank, places)
+            for rank in decoders:
+                self.send(rank, self._places(rank, ways[-1][0], (), (), addresses))
 
     def _places(
-        self, rank: int, upstream: int | None, after: Sequence[int], addresses: Mapping[int, Address]
+        self,
+        rank: int,
+        upstream: int | None,
+        after: Sequence[int],
+        mates: Sequence[int],
+        addresses: Mapping[int, Address],
     ) -> Record:
         assert self._store is not None
+        shared = list(mates) if len(mates) > 1 else []
+        led = shared[1:] if shared[:1] == [rank] else []
         fields: dict[str, Any] = {
             "rank": rank,
             "upstream": upstream,
             "downstream": list(after),
             "addresses": [list(addresses[other]) for other in after],
-            "store": [self._launcher.host, self._store.port],
+            "mates": shared,
+            "mate_addresses": [list(addresses[other]) for other in led],
+            "store": [[self._launcher.host, self._store.port]],
             "trace": self.traced,
         }
         return Record("join", fields)

@@ -105,6 +105,7 @@ class ManyDevices:
         with self._streams.opening:
             if self._geometry == geometry:
                 return
+            geometry.heads_per_rank(self._config.sequence_parallel)
             if not self._streams.idle():
                 raise SessionError("sessions of another picture size are open; sizes cannot be mixed in an engine")
             self._geometry = None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...config import StreamGeometry
 from ...config.geometry import LATENT_FRAME_STRIDE
+from ...runtime.group import Group
 from ...runtime.timing import StageTimer
 from .plan import StageCosts
 from .records import Record
@@ -21,6 +22,7 @@ class SleepingDenoising:
 
     def __init__(self, costs: StageCosts, part: range, total: int, mates: int = 1) -> None:
         self.begins, self.ends = part.start == 0, part.stop == total
+        self.group: Group | None = None
         self._costs, self._part, self._mates = costs, part, mates
         self._geometry: StreamGeometry | None = None
         self._unseen: set[int] = set()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ...config import ModelConfig, StreamGeometry
 from ...errors import LiveAvatarError
+from ...runtime.group import Group
 from ...runtime.timing import StageTimer
 from .channel import Shipment
+from .link import Link
 from .outlet import Outlet, Piece
 from .records import Record
 from .stages import Decoding, Denoising, pieces
@@ -51,6 +54,8 @@ class StageLoop:
         decoding: the decoder, if it is one.
         outlet: takes what leaves.
         device: that the stage works on.
+        mates: links to the ranks that share the steps and do what this one does.
+        led: whether this is one of them.
         warmed: called with a geometry that streams will have, and the record, when the stage is ready for it.
     """
 
@@ -61,12 +66,16 @@ class StageLoop:
         decoding: Decoding | None,
         outlet: Outlet,
         device: torch.device,
+        mates: Sequence[Link],
+        led: bool,
         warmed: Callable[[StreamGeometry, Record], None],
     ) -> None:
         self.inbox: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self.activity = Activity(IDLE, -1, -1, time.monotonic())
         self._model, self._denoising, self._decoding = model, denoising, decoding
         self._outlet, self._device, self._warmed = outlet, device, warmed
+        self._mates, self._led = mates, led
+        self._geometry: StreamGeometry | None = None
         self._failed: set[int] = set()
         self._handlers: dict[str, Callable[[Arrival], None]] = {
             "warm_up": self._warm_up,
@@ -74,13 +83,9 @@ class StageLoop:
             "block": self._block,
             "prompt": self._prompt,
             "first_latent": self._first_latent,
+            "prepare": self._prepare,
             "close": self._close,
         }
-
-    @property
-    def _last(self) -> bool:
-        """Whether sessions end here."""
-        return self._decoding is not None
 
     @property
     def trace(self) -> Trace:
@@ -100,17 +105,26 @@ class StageLoop:
                 if session in self._failed and record.kind not in ("open", "close"):
                     self._drop(arrival)
                 else:
-                    self._handlers[record.kind](arrival)
+                    self._do(arrival)
             except LiveAvatarError as error:
                 if session < 0:
                     raise
                 self._failed.add(session)
+                if self._led:
+                    continue
                 fields = {"session": session, "stream": record["stream"], "block": block}
                 self._outlet.tell(
                     Record("session_failed", {**fields, "error": type(error).__name__, "message": str(error)})
                 )
                 self._drop(arrival)
             self.activity = Activity(IDLE, -1, -1, time.monotonic())
+
+    def _do(self, arrival: Arrival) -> None:
+        """Do what a record says, and let mates do the same."""
+        if arrival.record.kind != "warm_up":
+            for mate in self._mates:
+                mate.send(arrival.record)
+        self._handlers[arrival.record.kind](arrival)
 
     def _next(self) -> Arrival:
         try:
@@ -124,12 +138,13 @@ class StageLoop:
             self._outlet.discard()
 
     def _pass_on(self, record: Record) -> None:
-        if not self._last:
+        if self._decoding is None and not self._led:
             self._outlet.forward(record)
 
     def _warm_up(self, arrival: Arrival) -> None:
         record = arrival.record
         geometry = StreamGeometry(self._model, record["height"], record["width"], motion_tokens=record["motion_tokens"])
+        self._geometry = geometry
         if self._denoising is not None:
             self._denoising.warm_up(geometry, record["actors"], record["masked"])
         if self._decoding is not None:
@@ -151,9 +166,13 @@ class StageLoop:
         session, latents = record["session"], None
         if arrival.latents is not None:
             latents = arrival.latents.wait()
+        if self._denoising is not None and self._denoising.group is not None and not self._denoising.begins:
+            latents = self._shared(self._denoising.group, latents)
         if self._denoising is not None:
             with timer.stage("denoise"):
                 latents = self._denoising.block(session, record, latents)
+            if self._led:
+                return
             if self._denoising.ends and record["block"] == 0:
                 told = {"session": session, "stream": record["stream"]}
                 self._outlet.tell(Record("first_latent", told, {"latent": latents[:, :1].clone()}))
@@ -180,8 +199,19 @@ class StageLoop:
             return
         if not denoising.ends:
             denoising.show_first_latent(record["session"], record.tensors["latent"])
-        if self.inbox.empty():
-            denoising.prepare(record["session"])
+        if self.inbox.empty() and not self._led:
+            self._do(Arrival(Record("prepare", {"session": record["session"]})))
+
+    def _prepare(self, arrival: Arrival) -> None:
+        if self._denoising is not None:
+            self._denoising.prepare(arrival.record["session"])
+
+    def _shared(self, group: Group, latents: Tensor | None) -> Tensor:
+        """The latents that the rank which leads this one, or this one, has been sent."""
+        if latents is not None:
+            return group.share(latents)
+        assert self._geometry is not None
+        return group.share(torch.empty(self._geometry.block_shape, device=self._device))
 
     def _close(self, arrival: Arrival) -> None:
         record = arrival.record

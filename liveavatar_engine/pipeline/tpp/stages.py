@@ -14,6 +14,7 @@ from ...denoise.noise import BlockNoise
 from ...denoise.schedule import flow_match_schedule
 from ...denoise.stream import Conditions, LatentStream, SinkPolicy
 from ...model import Network
+from ...runtime.group import Group
 from ...runtime.timing import StageTimer
 from ...vae.delivery import FrameDecoder, Pending
 from ...vae.light import LightDecoder
@@ -30,6 +31,8 @@ class Denoising(Protocol):
     """Whether blocks enter as noise."""
     ends: bool
     """Whether they leave as finished latents."""
+    group: Group | None
+    """Ranks that share the steps, set before the first `warm_up`; None: there is one."""
 
     def warm_up(self, geometry: StreamGeometry, actors: int, masked: bool) -> None:
         """Allocate and record everything for streams of this geometry; none of another one is open."""
@@ -89,6 +92,7 @@ class ModelDenoising:
         self._config, self._sessions, self._device = config, sessions, network.device
         self._graphs = config.graphs and graphs_absent(network.device) is None
         self._executor: StepExecutor | None = None
+        self.group: Group | None = None
         self._streams: dict[int, LatentStream] = {}
         self._noise: dict[int, BlockNoise] = {}
 
@@ -101,6 +105,7 @@ class ModelDenoising:
                 sessions=self._sessions,
                 cache_dtype=resolve_precision(self._config, self._device).cache,
                 graphs=self._graphs,
+                group=self.group,
             )
         self._executor.warm_up(actors, masked)
 

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...runtime.group import Backend as GroupBackend
+
 _NO_TIMEOUT = timedelta(days=365)
 """A dead peer is noticed by its connection; how long a stream is idle says nothing."""
 _CTAS = 2
@@ -27,15 +29,19 @@ class Work(Protocol):
         ...
 
 
-class Backend(Protocol):
+class Backend(GroupBackend, Protocol):
     """Transfers tensors within a group of ranks."""
 
     def send(self, tensors: list[Tensor], peer: int, tag: int) -> Work: ...
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int) -> Work: ...
 
+    def shutdown(self) -> None: ...
 
-def open_backend(device: torch.device, store: dist.Store, name: str, rank: int, size: int, host: str) -> Backend:
+
+def open_backend(
+    device: torch.device, store: dist.Store, name: str, rank: int, size: int, host: str, *, beside: bool = True
+) -> Backend:
     """A backend for tensors on `device`, shared by `size` processes that name it alike.
 
     Args:
@@ -45,13 +51,15 @@ def open_backend(device: torch.device, store: dist.Store, name: str, rank: int, 
         rank: of this process in it.
         size: of the group.
         host: an address of this machine that the others reach.
+        beside: whether its transfers go on beside other work, for which they leave most of a GPU.
     """
     prefixed = dist.PrefixStore(name, store)
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()
         options.is_high_priority_stream = True
-        options.config.min_ctas = 1
-        options.config.max_ctas = _CTAS
+        if beside:
+            options.config.min_ctas = 1
+            options.config.max_ctas = _CTAS
         with torch.cuda.device(device):
             return cast(Backend, dist.ProcessGroupNCCL(prefixed, rank, size, options))
     gloo: Any = vars(dist.ProcessGroupGloo)["_Options"]()

@@ -102,11 +102,17 @@ class Worker:
             frames = record.fields.get("frames")
             outlet.frames = None if frames is None else SharedFrames(Path(frames[0]), *frames[1:])
 
-        self._loop = loop = StageLoop(stages.model, stages.denoising, stages.decoding, outlet, device, warmed)
+        if stages.denoising is not None:
+            stages.denoising.group = neighbours.group
+        leader, mates = neighbours.leader, neighbours.mates
+        works = stages.model, stages.denoising, stages.decoding
+        self._loop = loop = StageLoop(*works, outlet, device, mates, leader is not None, warmed)
         self._start("front", lambda: self._read_front(loop))
         upstream = neighbours.upstream
         if upstream is not None:
             self._start("upstream", lambda: neighbours.read_upstream(upstream, loop))
+        if leader is not None:
+            self._start("leader", lambda: neighbours.read_leader(leader, loop))
         for way, link in enumerate(neighbours.downstream):
             self._start("credits", partial(neighbours.read_credits, link, outlet, way))
         leaving = self._start("outlet", outlet.run)
