@@ -91,10 +91,13 @@ class Simulation:
 
     @property
     def steady_window(self) -> tuple[float, float]:
-        """From the delivery of the middle block to when a first stage begins the last one; empty for a short run."""
+        """From the delivery of the middle block to the last delivery before a first stage begins its last block.
+
+        These are whole blocks; it is empty for a short run.
+        """
         start = max(times[(len(times) - 1) // 2] for times in self.delivered)
-        begun = [s.start for s in self.spans if s.kind == COMPUTE and s.block == len(self.delivered[0]) - 1]
-        return start, max(start, min(begun))
+        begun = min(s.start for s in self.spans if s.kind == COMPUTE and s.block == len(self.delivered[0]) - 1)
+        return start, max((time for time in self.delivered[0] if start < time <= begun), default=start)
 
 
 def simulate(
