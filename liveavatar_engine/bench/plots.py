@@ -218,7 +218,7 @@ def _room(names: Sequence[str]) -> float:
 
 def _text(x: float, y: float, text: str, anchor: str, room: float | None = None, style: str = "") -> str:
     """A label; one that does not fit into `room` is cut, and told whole when pointed at."""
-    most = len(text) if room is None else int((room - 16) / _CHARACTER)
+    most = len(text) if room is None else int((room - 16) / _CHARACTER + 1e-6)
     shown = text if len(text) <= most else f"{text[: most - 1]}…"
     whole = "" if shown == text else f"<title>{escape(text)}</title>"
     kind = f" class={quoteattr(style)}" if style else ""

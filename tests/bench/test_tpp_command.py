@@ -102,7 +102,8 @@ class TestPicture:
         assert "simulated" in "".join(page.itertext())
 
     def test_bars_lie_where_their_times_are(self) -> None:
-        rows = {"a": [Piece(0.0, 50.0, "turn0", "one & two", "0")], "b": [Piece(50.0, 100.0, "bubble", "gap")]}
+        label = "rank 0 · step 0 · cuda:0"
+        rows = {label: [Piece(0.0, 50.0, "turn0", "one & two", "0")], "b": [Piece(50.0, 100.0, "bubble", "gap")]}
         root = ET.fromstring(plots.timeline(rows, "ms", "time"))
         first, second = root.iter(f"{SVG}rect")
         assert float(first.attrib["x"]) + float(first.attrib["width"]) == pytest.approx(
@@ -110,6 +111,7 @@ class TestPicture:
         )
         assert first.attrib["width"] == second.attrib["width"]
         assert float(first.attrib["y"]) < float(second.attrib["y"])
+        assert label in [text.text for text in root.iter(f"{SVG}text")], "whole"
 
     def test_lines_for_a_terminal(self, tmp_path: Path) -> None:
         run = run_of(document_of(tmp_path, "--sink-update-after", "1"))
