@@ -18,10 +18,19 @@ STEPS = 3
 class Streams:
     """Streams of one executor with inputs drawn from seeds."""
 
-    def __init__(self, network: Network, *, sessions: int = 1, steps: int = STEPS, clean: bool = False, **settings):
+    def __init__(
+        self,
+        network: Network,
+        *,
+        sessions: int = 1,
+        steps: int = STEPS,
+        clean: bool = False,
+        part: range | None = None,
+        **settings,
+    ):
         self.network = network
         self.geometry = StreamGeometry(network.config, 64, 80)
-        denoiser = Denoiser(network, flow_match_schedule(steps), clean_pass=clean)
+        denoiser = Denoiser(network, flow_match_schedule(steps), clean_pass=clean, part=part)
         self.executor = StepExecutor(denoiser, self.geometry, sessions=sessions, **settings)
 
     def draw(self, seed: int, *shape: int) -> Tensor:
@@ -41,13 +50,16 @@ class Streams:
     def context(self, seed: int) -> Tensor:
         return self.draw(seed, 3 + seed % 5, self.network.config.text_dim)
 
-    def push(self, stream: LatentStream, seed: int = 0, actors: int = 1, pose: bool = False) -> list[Tensor]:
-        """The stream's next block."""
+    def push(
+        self, stream: LatentStream, seed: int = 0, actors: int = 1, pose: bool = False, entering: Tensor | None = None
+    ) -> list[Tensor]:
+        """The stream's next block, from noise or from what enters in its place."""
         config, index = self.network.config, stream.block
         shape = self.geometry.block_shape
         states = self.draw(1000 * seed + index, actors, config.audio_layers, config.audio_dim, 12)
         latents = self.draw(2000 * seed + index, config.cond_dim, *shape[1:]) if pose else None
-        return stream.push(self.draw(3000 * seed + index, *shape), states, latents)
+        noise = self.draw(3000 * seed + index, *shape) if entering is None else entering
+        return stream.push(noise, states, latents)
 
     def run(self, blocks: int, seed: int = 0, actors: int = 1, pose: bool = False, **opening) -> list[Tensor]:
         stream = self.open(seed=seed, actors=actors, **opening)

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from ..pipeline.device import resolve_precision
-from ..pipeline.engine import Engine
+from ..pipeline.engine import Encoders, Engine
+from ..pipeline.one_device import OneDevice
 from ..vae.light import load_decoder
 from ..vae.vae import Vae, load_vae
 from ..weights.layout import Checkpoint
@@ -84,7 +85,8 @@ class Bench:
             if settings.vae is not None:
                 precision = resolve_precision(config, self.device)
                 decoder = load_decoder(Path(settings.vae), precision.decoder, self.device)
-            engine = Engine(config, parts.network, parts.vae, parts.text_encoder, parts.audio_encoder, decoder)
+            runner = OneDevice(config, parts.network, decoder or parts.vae)
+            engine = Engine(config, runner, Encoders(parts.vae, parts.text_encoder, parts.audio_encoder))
         self.synchronize()
         self.say(f"the weights are there, after {time.perf_counter() - started:.1f} s")
         return engine

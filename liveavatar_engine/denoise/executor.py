@@ -34,21 +34,38 @@ class Denoiser:
         schedule: of the denoise steps.
         clean_pass: whether keys and values come from one more evaluation, of finished latents at time 0, and all steps
             share its ring; otherwise each step has a ring of its own ("timestep forcing").
+        part: the steps that are taken here, where others are taken elsewhere; None: all.
 
     Attributes:
-        schedule: of all evaluations.
-        time: of their timesteps.
+        schedule: of all evaluations that are made here.
+        part: which of all they are.
+        total: evaluations of a block, wherever they are made.
+        time: of the timesteps here.
         sink_time: of the sink's timestep, 0.
         rings: per session.
     """
 
-    def __init__(self, network: Network, schedule: Schedule, *, clean_pass: bool = False) -> None:
-        self.network = network
-        self.schedule = schedule.with_clean_pass() if clean_pass else schedule
-        self.rings = 1 if clean_pass else schedule.steps
+    def __init__(
+        self, network: Network, schedule: Schedule, *, clean_pass: bool = False, part: range | None = None
+    ) -> None:
+        every = schedule.with_clean_pass() if clean_pass else schedule
+        self.network, self.total = network, every.steps
+        self.part = range(every.steps) if part is None else part
+        self.schedule = every.part(self.part)
+        self.rings = 1 if clean_pass else self.schedule.steps
         with torch.inference_mode():
             self.time: TimeModulation = network.time_modulation(self.schedule.timesteps)
             self.sink_time: TimeModulation = network.time_modulation((0.0,))
+
+    @property
+    def begins(self) -> bool:
+        """Whether blocks enter here as noise; otherwise as latents that an earlier step has left."""
+        return self.part.start == 0
+
+    @property
+    def ends(self) -> bool:
+        """Whether blocks leave as finished latents."""
+        return self.part.stop == self.total
 
     @property
     def wide(self) -> torch.dtype:
@@ -87,7 +104,7 @@ class StepExecutor:
         self.denoiser, self.geometry, self.diagonal, self.steps = denoiser, geometry, diagonal, steps
         device = network.device
         self.arena = CacheArena(geometry, denoiser.rings, sessions, cache_dtype or network.dtype, network.dtype, device)
-        self._positions = StepPositions(geometry, self.arena.layout, steps, device, wide)
+        self._positions = StepPositions(geometry, self.arena.layout, steps, device, wide, noise=denoiser.begins)
         self.prompts = Prompts(network, self.arena)
         self._prefill = SinkPrefill(network, geometry, self.arena, denoiser.sink_time, wide)
         self._recorder = record_with or recorder(device, graphs, urgent=True)
@@ -117,7 +134,7 @@ class StepExecutor:
             if not self._casts:
                 self._prefill.record(self._recorder, scene)
             places = [Place(self.arena.ring_slot(session, step), 0, 0, 4, scene) for step in range(self.steps)]
-            self._positions.write(places, torch.zeros(self.geometry.block_shape))
+            self.place(places, torch.zeros(self.geometry.block_shape))
             cast = Cast(self.denoiser.network, self.geometry, actors, masked, self.steps if self.diagonal else 1)
             cast.record(self._recorder, self._ranges(), self._work)
             self._casts[actors, masked] = cast
@@ -132,9 +149,16 @@ class StepExecutor:
         """The scenes of a new stream, the first of them prefilled."""
         return Scenes(self.prompts, self._prefill, self.arena.scene_slots(session), contents, context)
 
-    def place(self, places: Sequence[Place], noise: Tensor) -> None:
-        """Say where each step stands from now on, and bring the noise, on the CPU, of the block that enters step 0."""
-        self._positions.write(places, noise)
+    def place(self, places: Sequence[Place], entering: Tensor) -> None:
+        """Say where each step stands from now on, and bring what enters the first one.
+
+        That is noise on the CPU, or the latents of an earlier step.
+        """
+        if self.denoiser.begins:
+            self._positions.write(places, entering)
+        else:
+            self._positions.write(places)
+            self._latents[0].copy_(entering)
 
     def run(self, cast: Cast, first: int, last: int) -> None:
         """Take steps `first` to `last`, both included, at once; each takes the latents that the one before it left."""
@@ -169,9 +193,10 @@ class StepExecutor:
         view, modulation = self._positions.view(steps), self.denoiser.time[steps]
         caches, network = self.arena.layers, self.denoiser.network
         inputs = cast.inputs(steps)
+        takes_noise = first == 0 and self.denoiser.begins
 
         def work() -> None:
-            if first == 0:
+            if takes_noise:
                 self._latents[0].copy_(self._positions.noise)
             latents = self._latents[steps]
             velocity = network(side_by_side(latents, 1), modulation, inputs(), caches, view)

@@ -56,13 +56,20 @@ class Place:
 
 
 class StepPositions:
-    """What kernels read about each step, and the noise of a new block: one struct, filled by one copy.
+    """What kernels read about each step, and the noise of a new block if it enters here: one struct, one copy.
 
     Angles come from float64. Spatial ones are written once, all else by `write`.
     """
 
     def __init__(
-        self, geometry: StreamGeometry, layout: CacheLayout, steps: int, device: torch.device, dtype: torch.dtype
+        self,
+        geometry: StreamGeometry,
+        layout: CacheLayout,
+        steps: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        noise: bool = True,
     ) -> None:
         self._geometry, self._layout, self._steps, self._dtype = geometry, layout, steps, dtype
         self._frequencies = AxisFrequencies.of(geometry.model.head_dim)
@@ -75,7 +82,7 @@ class StepPositions:
                 "text": ((steps, 3), torch.int32),
                 "time": ((steps, geometry.frames_per_block, 2, pairs), dtype),
                 "shift": ((steps, 2, pairs), dtype),
-                "noise": (geometry.block_shape, dtype),
+                **({"noise": (geometry.block_shape, dtype)} if noise else {}),
             },
             device,
         )
@@ -100,7 +107,7 @@ class StepPositions:
         )
         return StepView(rings, fields["text"][steps])
 
-    def write(self, places: Sequence[Place], noise: Tensor) -> None:
+    def write(self, places: Sequence[Place], noise: Tensor | None = None) -> None:
         """Write where each step stands, and noise on the CPU, and start their way to the device."""
         geometry, layout = self._geometry, self._layout
         starts = [place.block * layout.block_stride % layout.ring_tokens for place in places]
@@ -121,7 +128,8 @@ class StepPositions:
         time = self._frequencies.time_angles([frame for block in frames for frame in block])
         host["time"].copy_(_cos_sin(time, self._dtype).view_as(host["time"]))
         host["shift"].copy_(_cos_sin(self._frequencies.time_angles(shifts), self._dtype))
-        host["noise"].copy_(noise)
+        if noise is not None:
+            host["noise"].copy_(noise)
         self._struct.send()
 
 

@@ -26,6 +26,10 @@ class Schedule:
         """What each step adds to the noise level; an Euler step adds delta * velocity to the latents."""
         return tuple(after - before for before, after in zip(self.sigmas, self.sigmas[1:], strict=False))
 
+    def part(self, steps: range) -> Schedule:
+        """The schedule of some neighbouring steps."""
+        return Schedule(self.timesteps[steps.start : steps.stop], self.sigmas[steps.start : steps.stop + 1])
+
     def with_clean_pass(self) -> Schedule:
         """The schedule with a last evaluation of the finished latents at time 0, which leaves them as they are."""
         return Schedule((*self.timesteps, 0.0), (*self.sigmas, self.sigmas[-1]))

@@ -130,7 +130,11 @@ class LatentStream:
         return latents
 
     def push(self, noise: Tensor, audio_states: Tensor, pose: Tensor | None = None) -> list[Tensor]:
-        """Take the next block, as `next_block`; returns the latents of blocks that are finished now, in order."""
+        """Take the next block, as `next_block`; returns the latents of blocks that are finished now, in order.
+
+        Where the executor takes only some of the steps, what comes in place of noise, and what is returned, are
+        latents as the steps before and here leave them.
+        """
         executor, steps = self._executor, self._executor.steps
         with executor.exclusive():
             self._scenes.arrive(self.block)
@@ -146,6 +150,21 @@ class LatentStream:
     def drain(self) -> list[Tensor]:
         """Finish the blocks that are under way; returns their latents, in order."""
         return []
+
+    def show_first_latent(self, latent: Tensor) -> None:
+        """Let the sink show the first generated latent, [channels, 1, latent_height, latent_width], when it is time.
+
+        Where the last step is taken elsewhere, it must come before the block that is to see it.
+        """
+        with self._executor.exclusive():
+            self._first_latent = latent.clone()
+            if self._policy.update_after is not None:
+                self._scenes.replace_contents(self._policy.update_after, SinkContents(self._first_latent, self._motion))
+
+    def prepare(self) -> None:
+        """Finish now what the next block waits for at its start, if all it depends on is there."""
+        with self._executor.exclusive():
+            self._scenes.prepare(self.block)
 
     def change_prompt(self, context: Tensor) -> None:
         """Let another prompt, [tokens, text_dim], count: at once for the first block, later within a few blocks.
@@ -168,8 +187,9 @@ class LatentStream:
     def _enter(self, audio_states: Tensor, pose: Tensor | None) -> _Block:
         """Take a block's inputs and give it its number."""
         self._cast.enter(audio_states, pose, self._mask)
-        distances = sink_distances(self._policy.distance, self._policy.seed, self.block, self._executor.steps)
-        block = _Block(self.block, distances, self._scenes.current)
+        part, total = self._executor.denoiser.part, self._executor.denoiser.total
+        distances = sink_distances(self._policy.distance, self._policy.seed, self.block, total)
+        block = _Block(self.block, distances[part.start : part.stop], self._scenes.current)
         self.block += 1
         return block
 
@@ -181,12 +201,9 @@ class LatentStream:
     def _finish(self, block: int) -> Tensor:
         """The latents that the last step has left; the first block's become the next reference."""
         latents = self._executor.finished()
-        if block == 0:
+        if block == 0 and self._executor.denoiser.ends:
             self._check_finite(latents)
-            self._first_latent = latents[:, :1].clone()
-            if self._policy.update_after is not None:
-                contents = SinkContents(self._first_latent, self._motion)
-                self._scenes.replace_contents(self._policy.update_after, contents)
+            self.show_first_latent(latents[:, :1])
         return latents
 
     def _check_finite(self, latents: Tensor) -> None:

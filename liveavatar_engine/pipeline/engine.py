@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -15,38 +14,31 @@ import torch
 from torch import Tensor
 
 from ..conditions.actors import actor_mask
-from ..conditions.audio_encoder import AudioEncoder
 from ..conditions.audio_features import ActorFeatures, Features, WindowedFeatures, window_samples
 from ..conditions.audio_window import AudioWindow
 from ..conditions.pose import PoseStream
 from ..conditions.speech import LiveSpeech
 from ..conditions.still import StillCache, to_pixels
-from ..conditions.text import TextEncoder
 from ..config import EngineConfig, StreamGeometry
 from ..config.engine import DEFAULT_SEED
 from ..config.fit import TYPICAL_SIDES
 from ..config.geometry import FRAMES_PER_SECOND
-from ..denoise.diagonal import open_stream
-from ..denoise.executor import Denoiser, StepExecutor
-from ..denoise.noise import BlockNoise, check_seed
-from ..denoise.schedule import flow_match_schedule
+from ..denoise.executor import StepExecutor
+from ..denoise.noise import check_seed
 from ..denoise.stream import Conditions, SinkPolicy
-from ..errors import CheckpointError, ConfigError, InputError, SessionError
-from ..model import Network
+from ..errors import ConfigError, InputError
 from ..runtime.graphs import recorder
-from ..vae.light import LightDecoder, load_decoder
-from ..vae.vae import Vae
-from ..weights.budget import require_memory
-from ..weights.conversion import settled
-from ..weights.layout import Checkpoint
-from ..weights.network import LoadProgress, load_network
+from ..weights.network import LoadProgress
 from . import inputs
-from .decoders import Decoders
-from .device import graphs_absent, log_kernels, resolve_device, resolve_precision
-from .offload import fetchers, load_offloadable_vae
+from .assembly import Source, assemble
+from .device import graphs_absent
+from .encoders import Encoders
+from .one_device import OneDevice
 from .precision import LayerLoss, measured_losses
-from .production import ProductionParts
-from .session import Session, SessionParts
+from .runner import Runner, StreamOrder, WorkerInfo
+from .session import Session
+from .tpp.many_devices import ManyDevices
+from .tpp.trace import write_chrome_trace
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,31 +67,15 @@ class _Scene:
 
 
 class Engine:
-    """A loaded checkpoint, ready to serve. Make one with `from_pretrained`."""
+    """A loaded checkpoint, ready to serve. Make one with `from_pretrained`, and `close` it, or use it in a `with`."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        network: Network,
-        vae: Vae,
-        text_encoder: TextEncoder,
-        audio_encoder: AudioEncoder,
-        decoder: Vae | LightDecoder | None = None,
-    ) -> None:
-        """Put loaded parts together. `decoder` makes frames in place of the VAE's own."""
-        self.config = config
-        self._cache_dtype = resolve_precision(config, network.device).cache
-        self._graphs = config.graphs and graphs_absent(network.device) is None
-        self._network, self._vae = network, vae
-        self._text_encoder, self._audio_encoder = text_encoder, audio_encoder
-        schedule = flow_match_schedule(config.steps)
-        self._denoiser = Denoiser(network, schedule, clean_pass=config.kv_mode == "clean")
-        self._lock = threading.RLock()  # sessions may be collected, and give their slot back, while it is held
-        self._free_slots = list(range(config.max_sessions))
-        self._executor: StepExecutor | None = None
+    def __init__(self, config: EngineConfig, runner: Runner, encoders: Encoders, trace: Path | None = None) -> None:
+        """Put loaded parts together: what makes blocks, and what encodes their conditions."""
+        self.config, self._trace = config, trace
+        self._runner, self._encoders = runner, encoders
+        self._lock = threading.Lock()
         self._window: AudioWindow | None = None
-        self._stills = StillCache(vae)
-        self._decoders = Decoders(decoder or vae, self.device, self._graphs, config.frames)
+        self._stills = StillCache(encoders.vae)
 
     @classmethod
     def from_pretrained(
@@ -110,48 +86,76 @@ class Engine:
         progress: LoadProgress | None = None,
         *,
         vae: str | Path | None = None,
+        trace: str | Path | None = None,
     ) -> Self:
         """Load a checkpoint directory, original or converted, merging a LoRA adapter where one is given.
 
         `progress` is called with the tensors of the network loaded so far and to be loaded. `vae` is a file with the
-        weights of a light decoder (docs/light-decoder.md), which makes frames in place of the checkpoint's VAE.
+        weights of a light decoder (docs/light-decoder.md), which makes frames in place of the checkpoint's VAE. With
+        several devices, `trace` is a file that gets a timeline of all of them when the engine is closed.
+
+        Several devices have a worker process each. In a torchrun job these are the job's processes: this returns in the
+        first one, and in all others it serves that one's engines until it ends, and then exits.
 
         Raises:
             CheckpointError: parts are missing or damaged or do not fit together; nothing has been allocated for the
                 network by then.
             ConfigError: the device or precision asked for is not there or contradicts a converted checkpoint, or
                 LIVEAVATAR_KERNELS names no kernels.
+            WorkerError: a worker process has ended.
             DeviceMemoryError: the device or the host has too little memory free; nothing has been allocated.
         """
-        device = resolve_device((config or EngineConfig()).devices)
-        log_kernels(device)
-        found, adapter = Checkpoint(Path(checkpoint)), Path(lora) if lora is not None else None
-        config = settled(config or EngineConfig(), found.root, adapter)
-        require_memory(found, config, device)
-        precision = resolve_precision(config, device)
-        dtype, offload = precision.dtype, fetchers(config, device)
-        _log.info("loading %s as %s on %s", found.root, dtype, device)
-        audio_encoder = AudioEncoder.load(found.audio_encoder, device)
-        text_encoder = TextEncoder.load(found.text_encoder, found.tokenizer, dtype, device, offload.get("text_encoder"))
-        decoder = None if vae is None else load_decoder(Path(vae), precision.decoder, device)
-        wan = load_offloadable_vae(found.vae, precision.decoder, device, offload.get("vae"))
-        network = load_network(found.root, adapter, dtype, device, progress, precision.fp8_skip)
-        sizes = (audio_encoder.state_count, audio_encoder.state_dim)
-        if sizes != (network.config.audio_layers, network.config.audio_dim):
-            raise CheckpointError(
-                f"{found.audio_encoder}: {sizes[0]} states of {sizes[1]}; the network was made for "
-                f"{network.config.audio_layers} of {network.config.audio_dim}"
-            )
-        return cls(config, network, wan, text_encoder, audio_encoder, decoder)
+        source = Source(Path(checkpoint), _path(lora), _path(vae))
+        parts = assemble(source, config or EngineConfig(), progress, trace=trace is not None)
+        return cls(parts.config, parts.runner, parts.encoders, _path(trace))
 
     @property
     def device(self) -> torch.device:
-        return self._network.device
+        """Where conditions are encoded."""
+        return self._encoders.audio.device
 
     @property
     def executor(self) -> StepExecutor | None:
-        """What runs the denoise steps, once `warm_up` or a session has made it."""
-        return self._executor
+        """What runs the denoise steps in this process, once `warm_up` or a session has made it."""
+        return self._runner.executor if isinstance(self._runner, OneDevice) else None
+
+    def workers(self) -> list[WorkerInfo]:
+        """The processes that work for this engine, by rank; none on a single device."""
+        return self._runner.workers()
+
+    def restart(self) -> None:
+        """Start the worker processes again, after one has failed, or at any time: sessions that are open end.
+
+        Raises:
+            ConfigError: there are none, on a single device.
+            LiveAvatarError: what a worker could not do; none is left running.
+        """
+        if not isinstance(self._runner, ManyDevices):
+            raise ConfigError("restart: an engine on one device has no workers")
+        self._runner.restart()
+
+    def drain(self) -> None:
+        """Begin no further block: sessions end, as if their audio did, when the blocks under way are delivered."""
+        self._runner.drain()
+
+    def close(self) -> None:
+        """End all sessions, and the engine's worker processes; a second call does nothing.
+
+        Raises:
+            OutputError: the trace cannot be written; everything has ended all the same.
+        """
+        runner = self._runner
+        if self._trace is not None and isinstance(runner, ManyDevices):
+            spans, path, self._trace = runner.spans(), self._trace, None
+            runner.close()
+            write_chrome_trace(path, spans, runner.plan)
+        runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def warm_up(self, picture: tuple[int, int] = TYPICAL_SIDES, *, actors: int = 1, masked: bool | None = None) -> None:
         """Allocate all caches, compile and choose kernels, and capture the denoise steps as CUDA graphs.
@@ -169,15 +173,10 @@ class Engine:
             SessionError: sessions of another size are open, or all slots are taken.
         """
         height, width = self.config.parsed_size.sides(*picture)
-        geometry = StreamGeometry(self._network.config, height, width, motion_tokens=self.config.motion_tokens)
-        slot, executor = self._take_slot(geometry)
-        try:
-            executor.warm_up(actors, actors > 1 if masked is None else masked, slot)
-            self._audio_window(geometry)
-            self._decoders.stream(geometry).close()
-            list(self._vae.encode(torch.zeros(1, 3, geometry.height, geometry.width)))
-        finally:
-            self._give_slot_back(slot)
+        geometry = self._geometry(height, width)
+        self._runner.warm_up(geometry, actors, actors > 1 if masked is None else masked)
+        self._audio_window(geometry)
+        list(self._encoders.vae.encode(torch.zeros(1, 3, geometry.height, geometry.width)))
 
     def generate(
         self,
@@ -213,7 +212,7 @@ class Engine:
         scene = self._scene(image, prompt, seed, actors, actor_masks, pose_video)
         features = inputs.recorded_features(
             audio,
-            self._audio_encoder,
+            self._encoders.audio,
             self.config.features,
             scene.geometry.columns_per_block,
             lambda: self._audio_window(scene.geometry),
@@ -236,14 +235,18 @@ class Engine:
             The layers, the one that loses most first; those that `generate` does not call are not among them.
 
         Raises:
-            ConfigError: the engine's own layers are in e4m3, or it replays graphs, which call no layer.
+            ConfigError: the engine's own layers are in e4m3, or it replays graphs, which call no layer, or its layers
+                are in other processes.
         """
-        if self._graphs:
+        runner = self._runner
+        if not isinstance(runner, OneDevice):
+            raise ConfigError("losses are measured on one device: open the engine with one")
+        if runner.graphs:
             raise ConfigError("captured graphs call no layer that could be measured: open the engine with graphs=False")
         if self.config.precision == "fp8":
             raise ConfigError("precision fp8 leaves nothing to compare with: measure with bf16 or fp32")
         with (
-            measured_losses(self._network, self.config.fp8_skip) as losses,
+            measured_losses(runner.network, self.config.fp8_skip) as losses,
             self.generate(image, audio, prompt, max_blocks=max_blocks) as session,
         ):
             for _ in session:
@@ -268,7 +271,7 @@ class Engine:
         scene = self._scene(image, prompt, seed, len(live), actor_masks, pose_video)
         per_block = scene.geometry.columns_per_block
         window = self._audio_window(scene.geometry)
-        features = ActorFeatures([WindowedFeatures(self._audio_encoder, speech, per_block, window) for speech in live])
+        features = ActorFeatures([WindowedFeatures(self._encoders.audio, speech, per_block, window) for speech in live])
         return self._open(scene, features, live, max_blocks=None)
 
     def _scene(
@@ -288,82 +291,42 @@ class Engine:
             raise InputError(f"{actors} audio tracks and {len(masks or ())} actor masks: expected one mask per track")
         picture = inputs.portrait(image, self.config.parsed_size)
         height, width, _ = picture.shape
-        geometry = StreamGeometry(self._network.config, height, width, motion_tokens=self.config.motion_tokens)
+        geometry = self._geometry(height, width)
         mask = pose = None
         if masks is not None:
             mask = actor_mask(inputs.actor_masks(masks, height, width), geometry).to(self.device)
         if pose_video is not None:
-            pose = PoseStream(self._vae, inputs.pose_frames(pose_video, height, width, FRAMES_PER_SECOND), geometry)
+            frames = inputs.pose_frames(pose_video, height, width, FRAMES_PER_SECOND)
+            pose = PoseStream(self._encoders.vae, frames, geometry)
         return _Scene(geometry, to_pixels(picture), prompt, seed, mask, pose)
 
     def _open(self, scene: _Scene, features: Features, live: list[LiveSpeech], max_blocks: int | None) -> Session:
-        """Encode the portrait and the prompt, take a slot and prefill its sink."""
+        """Encode the portrait and the prompt, and begin a stream."""
         still = self._stills.conditions(scene.pixels, self.device)
         context = self._encode_prompt(scene.prompt)
         conditions = Conditions(context, still.reference, still.motion, scene.actor_mask)
         policy = SinkPolicy(self.config.sink_distance, self.config.sink_update_after, scene.seed)
-        slot, executor = self._take_slot(scene.geometry)
-        with ExitStack() as opened:
-            opened.callback(self._give_slot_back, slot)
-            latents = open_stream(executor, slot, conditions, policy)
-            opened.callback(latents.close)
-            decoder = self._decoders.stream(scene.geometry)
-            opened.callback(decoder.close)
-            decoder.skip(still.priming)
-            decoder.check()
-            release = opened.pop_all().close
-        production = ProductionParts(
-            scene.geometry,
-            features,
-            BlockNoise(scene.geometry, scene.seed),
-            latents,
-            decoder,
-            scene.pose,
-            early_first_frame=self.config.early_first_frame,
-            overlap=self.device.type == "cuda",
-        )
-        parts = SessionParts(production, live, self._encode_prompt)
-        return Session(parts, release, max_blocks)
+        order = StreamOrder(scene.geometry, conditions, policy, still.priming, features, scene.pose, max_blocks)
+        return Session(self._runner.open(order), live, self._encode_prompt)
+
+    def _geometry(self, height: int, width: int) -> StreamGeometry:
+        return StreamGeometry(self._runner.model, height, width, motion_tokens=self.config.motion_tokens)
 
     def _audio_window(self, geometry: StreamGeometry) -> AudioWindow:
         """What encodes a block's window of speech, for all sessions; it does not depend on the picture's size."""
         with self._lock:
             if self._window is None:
                 columns = geometry.columns_per_block
-                record_with = recorder(self.device, self._graphs)
-                self._window = AudioWindow(self._audio_encoder, window_samples(columns), columns, record_with)
+                graphs = self.config.graphs and graphs_absent(self.device) is None
+                record_with = recorder(self.device, graphs)
+                self._window = AudioWindow(self._encoders.audio, window_samples(columns), columns, record_with)
             return self._window
 
     def _encode_prompt(self, prompt: str) -> Tensor:
         if not isinstance(prompt, str):
             raise InputError(f"prompt: expected text, not {type(prompt).__name__}")
-        return self._text_encoder.context(prompt, self._network.config.text_len)
+        return self._encoders.text.context(prompt, self._runner.model.text_len)
 
-    def _take_slot(self, geometry: StreamGeometry) -> tuple[int, StepExecutor]:
-        """A free slot, in buffers that are made at the first session and when the size changes between sessions."""
-        with self._lock:
-            if not self._free_slots:
-                raise SessionError(
-                    f"all {self.config.max_sessions} sessions are open: close one, or set EngineConfig.max_sessions"
-                )
-            executor = self._executor_for(geometry)
-            return self._free_slots.pop(), executor
 
-    def _executor_for(self, geometry: StreamGeometry) -> StepExecutor:
-        if self._executor is None or self._executor.geometry != geometry:
-            if len(self._free_slots) < self.config.max_sessions:
-                raise SessionError("sessions of another picture size are open; sizes cannot be mixed in an engine")
-            self._executor = None
-            self._executor = StepExecutor(
-                self._denoiser,
-                geometry,
-                sessions=self.config.max_sessions,
-                cache_dtype=self._cache_dtype,
-                graphs=self._graphs,
-                diagonal=self.config.schedule == "diagonal",
-            )
-        return self._executor
-
-    def _give_slot_back(self, slot: int) -> None:
-        with self._lock:
-            self._free_slots.append(slot)
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)

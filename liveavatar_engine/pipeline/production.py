@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,10 +57,26 @@ class _Part:
 
 
 class Production:
-    """Makes the chunks of a stream, in order. `max_blocks` ends it early."""
+    """Makes the chunks of a stream, in order, on one device.
 
-    def __init__(self, parts: ProductionParts, max_blocks: int | None) -> None:
-        self._parts, self._max_blocks = parts, max_blocks
+    Args:
+        parts: what they are made with.
+        max_blocks: after which the stream ends, or None.
+        release: lets go of the parts.
+        ended: when it is set, no further block is begun.
+    """
+
+    def __init__(
+        self,
+        parts: ProductionParts,
+        max_blocks: int | None,
+        release: Callable[[], None],
+        ended: threading.Event | None = None,
+    ) -> None:
+        self.parts, self.max_blocks = parts, max_blocks
+        self.geometry, self.features = parts.geometry, parts.features
+        self.change_prompt, self.close = parts.latents.change_prompt, release
+        self._ended = ended or threading.Event()
         self._taken = self._decoded = 0
         self._finished: deque[Tensor] = deque()
         self._coming: deque[_Part] = deque()
@@ -71,21 +88,21 @@ class Production:
             while not self._finished and not closed():
                 if not self._take_block(closed):
                     with self._timer.stage("denoise"):
-                        self._finished.extend(self._parts.latents.drain())
+                        self._finished.extend(self.parts.latents.drain())
                     break
             if not self._finished:
                 return None
             self._decode(self._finished.popleft())
-            if self._parts.overlap and not self._finished and self._parts.features.ready(self._taken):
+            if self.parts.overlap and not self._finished and self.parts.features.ready(self._taken):
                 self._take_block(closed)
-            self._parts.noise.prepare(self._taken)
+            self.parts.noise.prepare(self._taken)
         part = self._coming.popleft()
         return self._chunk(part, part.pending.wait()), part.latents
 
     def _take_block(self, closed: Callable[[], bool]) -> bool:
         """Begin the next block; False when there is none."""
-        parts, index = self._parts, self._taken
-        if index == self._max_blocks:
+        parts, index = self.parts, self._taken
+        if index == self.max_blocks or self._ended.is_set():
             return False
         with self._timer.stage("audio"):
             states = parts.features.block(index)
@@ -99,21 +116,45 @@ class Production:
 
     def _decode(self, latents: Tensor) -> None:
         """Start to decode a block's latents."""
-        timer, self._timer = self._timer, StageTimer(self._parts.latents.device)
-        columns = self._parts.features.columns
-        early = self._parts.early_first_frame and self._decoded == 0 and latents.shape[1] > 1
-        starts = (0, 1) if early and (columns is None or columns > LATENT_FRAME_STRIDE) else (0,)
-        for start, stop in zip(starts, (*starts[1:], latents.shape[1]), strict=True):
-            piece = latents[:, start:stop]
-            pending = self._parts.decoder.start(piece, timer)
+        timer, self._timer = self._timer, StageTimer(self.parts.latents.device)
+        early, start = self.parts.early_first_frame, 0
+        for count in parts_of(latents.shape[1], self._decoded, self.features.columns, early):
+            piece = latents[:, start : start + count]
+            pending = self.parts.decoder.start(piece, timer)
             self._coming.append(_Part(self._decoded, start, piece, pending, timer))
-            timer = StageTimer(self._parts.latents.device)
+            start += count
+            timer = StageTimer(self.parts.latents.device)
         self._decoded += 1
 
     def _chunk(self, part: _Part, frames: np.ndarray | Tensor) -> FrameChunk:
-        """Cut the portrait's frames off the first block, and what lies past the audio off the last."""
-        first = part.block * self._parts.geometry.columns_per_block + part.first_latent * LATENT_FRAME_STRIDE
-        head = PORTRAIT_FRAMES if first == 0 else 0
-        columns = self._parts.features.columns
-        tail = len(frames) if columns is None else max(head + 1, min(len(frames), columns - first))
-        return FrameChunk(frames[head:tail], part.block, first + head, part.timer.seconds())
+        start, columns = (part.block, part.first_latent), self.features.columns
+        return cut_chunk(self.geometry, columns, start, frames, part.timer.seconds())
+
+
+def parts_of(latents: int, block: int, columns: int | None, early_first_frame: bool) -> tuple[int, ...]:
+    """Latents of a block that are decoded and delivered together.
+
+    That is all of them, but the first alone if it is to come early, unless the audio ends with it.
+    """
+    early = early_first_frame and block == 0 and latents > 1
+    if not early or (columns is not None and columns <= LATENT_FRAME_STRIDE):
+        return (latents,)
+    return (1, latents - 1)
+
+
+def cut_chunk(
+    geometry: StreamGeometry,
+    columns: int | None,
+    start: tuple[int, int],
+    frames: np.ndarray | Tensor,
+    timings: dict[str, float],
+) -> FrameChunk:
+    """Frames as a chunk: the portrait's are cut off the first block, and what lies past the audio off the last.
+
+    `start` is the block and the latent in it that the frames begin with; `columns` are those of the audio, if known.
+    """
+    block, latent = start
+    first = block * geometry.columns_per_block + latent * LATENT_FRAME_STRIDE
+    head = PORTRAIT_FRAMES if first == 0 else 0
+    tail = len(frames) if columns is None else max(head + 1, min(len(frames), columns - first))
+    return FrameChunk(frames[head:tail], block, first + head, timings)

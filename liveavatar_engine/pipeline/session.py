@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -16,22 +15,7 @@ from torch import Tensor
 from ..conditions.speech import LiveSpeech
 from ..errors import SessionError
 from ..frames import FrameChunk
-from .production import Production, ProductionParts
-
-
-@dataclass(frozen=True)
-class SessionParts:
-    """What a session runs; made by the engine.
-
-    Attributes:
-        production: what its chunks are made with.
-        live: speech that comes while it runs; empty for recordings.
-        encode_prompt: a prompt's context.
-    """
-
-    production: ProductionParts
-    live: list[LiveSpeech]
-    encode_prompt: Callable[[str], Tensor]
+from .runner import Producer
 
 
 class Session:
@@ -40,27 +24,28 @@ class Session:
     A live session takes audio through `push_audio`, from any thread, until `end_audio`; iterating waits for it. The
     session closes itself at its end; close it earlier with `close` or `with`, from any thread. What it holds does not
     grow with the stream's length.
+
+    Made by the engine, from what makes its chunks, the speech that comes while it runs (none for recordings), and the
+    encoder of prompts.
     """
 
-    def __init__(self, parts: SessionParts, release: Callable[[], None], max_blocks: int | None = None) -> None:
-        self._parts = parts
-        self._max_blocks = max_blocks
-        self._production = Production(parts.production, max_blocks)
+    def __init__(self, producer: Producer, live: list[LiveSpeech], encode_prompt: Callable[[str], Tensor]) -> None:
+        self._producer, self._live, self._encode_prompt = producer, live, encode_prompt
         self._closed = False
         self._running = threading.Lock()
         self.last_latents: Tensor | None = None
         """Latents of the chunk delivered last: float32 [channels, frames, latent_height, latent_width]."""
-        self._finalizer = weakref.finalize(self, release)
+        self._finalizer = weakref.finalize(self, producer.close)
 
     @property
     def height(self) -> int:
         """Of the frames, in pixels."""
-        return self._parts.production.geometry.height
+        return self._producer.geometry.height
 
     @property
     def width(self) -> int:
         """Of the frames, in pixels."""
-        return self._parts.production.geometry.width
+        return self._producer.geometry.width
 
     @property
     def closed(self) -> bool:
@@ -69,16 +54,16 @@ class Session:
     @property
     def seconds_per_block(self) -> float:
         """Seconds of video in a block."""
-        return self._parts.production.geometry.seconds_per_block
+        return self._producer.geometry.seconds_per_block
 
     @property
     def total_blocks(self) -> int | None:
         """Blocks of the whole stream, once the audio's end is known."""
-        columns = self._parts.production.features.columns
+        columns, most = self._producer.features.columns, self._producer.max_blocks
         if columns is None:
-            return self._max_blocks
-        blocks = -(-columns // self._parts.production.geometry.columns_per_block)
-        return blocks if self._max_blocks is None else min(blocks, self._max_blocks)
+            return most
+        blocks = -(-columns // self._producer.geometry.columns_per_block)
+        return blocks if most is None else min(blocks, most)
 
     def push_audio(self, samples: np.ndarray, actor: int = 0) -> None:
         """Append live audio: float32 or int16 mono at 16 kHz, any length.
@@ -91,7 +76,7 @@ class Session:
 
     def end_audio(self, actor: int | None = None) -> None:
         """Say that no more audio comes, from one actor or (None) from all; the frames end with it."""
-        for index in range(len(self._parts.live)) if actor is None else (actor,):
+        for index in range(len(self._live)) if actor is None else (actor,):
             self._live_speech(index).end()
 
     def change_prompt(self, prompt: str) -> None:
@@ -103,7 +88,7 @@ class Session:
         """
         if self.closed:
             raise SessionError("the session is closed")
-        self._parts.production.latents.change_prompt(self._parts.encode_prompt(prompt))
+        self._producer.change_prompt(self._encode_prompt(prompt))
 
     def frames(self) -> Iterator[FrameChunk]:
         """The chunks to come; the same as iterating over the session."""
@@ -143,7 +128,7 @@ class Session:
         A block that another thread is making is finished first: its slot is given back after it.
         """
         self._closed = True
-        for speech in self._parts.live:
+        for speech in self._live:
             speech.end()
         self._give_back_when_idle()
 
@@ -160,14 +145,14 @@ class Session:
         self.close()
 
     def _next_chunk(self) -> FrameChunk | None:
-        made = self._production.next(lambda: self._closed)
+        made = self._producer.next(lambda: self._closed)
         if made is None:
             return None
         chunk, self.last_latents = made
         return chunk
 
     def _live_speech(self, actor: int) -> LiveSpeech:
-        live = self._parts.live
+        live = self._live
         if self.closed:
             raise SessionError("the session is closed")
         if not live:

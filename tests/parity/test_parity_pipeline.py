@@ -11,8 +11,8 @@ from liveavatar_engine.denoise.executor import Denoiser, StepExecutor
 from liveavatar_engine.denoise.noise import BlockNoise
 from liveavatar_engine.denoise.schedule import flow_match_schedule
 from liveavatar_engine.denoise.stream import Conditions, LatentStream, SinkPolicy
-from liveavatar_engine.pipeline.production import ProductionParts
-from liveavatar_engine.pipeline.session import Session, SessionParts
+from liveavatar_engine.pipeline.production import Production, ProductionParts
+from liveavatar_engine.pipeline.session import Session
 from liveavatar_engine.runtime.graphs import PlainCalls
 from liveavatar_engine.runtime.timing import StageTimer
 from liveavatar_engine.vae.block_decoder import BlockDecoder
@@ -86,7 +86,7 @@ def test_image_to_frames(case: GoldenCase, golden_network, golden_vae) -> None:
     decoder.skip(still.priming)
     features = GoldenColumns(case["audio_input"], geometry.columns_per_block)
     parts = ProductionParts(geometry, features, noise, latents, decoder, None)
-    session = Session(SessionParts(parts, [], encode_prompt=lambda _: case["context"]), release=lambda: None)
+    session = Session(Production(parts, None, release=lambda: None), [], lambda _: case["context"])
     chunks = list(session)
 
     for block, expected in enumerate(case["latents"]):

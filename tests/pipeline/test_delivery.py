@@ -25,8 +25,8 @@ def plain(checkpoint: Path, face: np.ndarray) -> list[np.ndarray]:
 
 def _overlapping(session: Session) -> Session:
     """As a GPU's sessions are."""
-    production = session._production
-    production._parts = dataclasses.replace(production._parts, overlap=True)
+    production = session._producer
+    production.parts = dataclasses.replace(production.parts, overlap=True)
     return session
 
 
@@ -53,7 +53,7 @@ def test_audio_may_end_in_the_first_frames(
 def test_overlapped_blocks_show_the_same_frames(checkpoint: Path, face: np.ndarray, plain: list[np.ndarray]) -> None:
     session = _overlapping(_engine(checkpoint).generate(face, speech(1.7), seed=1))
     first = next(session)
-    assert session._parts.production.latents.block == 2, "the next block has been begun"
+    assert session._producer.parts.latents.block == 2, "the next block has been begun"
     assert session.last_latents is not None
     frames = [first.frames, *(chunk.frames for chunk in session)]
     assert all(np.array_equal(one, other) for one, other in zip(frames, plain, strict=True))
@@ -64,10 +64,10 @@ def test_overlap_does_not_wait_for_audio(checkpoint: Path, face: np.ndarray) -> 
     with _overlapping(_engine(checkpoint).open_session(face)) as session:
         session.push_audio(speech(0.48 + 0.16))
         assert next(session).index == 0
-        assert session._parts.production.latents.block == 1
+        assert session._producer.parts.latents.block == 1
         session.push_audio(speech(0.96))
         assert next(session).index == 1
-        assert session._parts.production.latents.block == 3
+        assert session._producer.parts.latents.block == 3
         session.end_audio()
         assert [chunk.index for chunk in session] == [2, 3]
 
@@ -78,13 +78,13 @@ def test_a_closed_session_forgets_the_block_it_has_begun(checkpoint: Path, face:
     next(session)
     session.close()
     assert list(session) == []
-    assert len(engine._free_slots) == 1
+    assert engine._runner.free_slots == 1
 
 
 def test_max_blocks_ends_an_overlapped_stream(checkpoint: Path, face: np.ndarray) -> None:
     session = _overlapping(_engine(checkpoint).generate(face, speech(1.7), max_blocks=2))
     assert [chunk.index for chunk in session] == [0, 1]
-    assert session._parts.production.latents.block == 2
+    assert session._producer.parts.latents.block == 2
 
 
 def test_frames_may_stay_on_the_device(checkpoint: Path, face: np.ndarray, plain: list[np.ndarray]) -> None:

@@ -43,7 +43,7 @@ def test_chunks_as_documented(engine: Engine, face: np.ndarray) -> None:
 def test_chunks_come_as_they_are_made(engine: Engine, face: np.ndarray) -> None:
     session = engine.generate(face, speech(2.0))
     assert next(session).index == 0
-    assert session._parts.production.latents.block == 1
+    assert session._producer.parts.latents.block == 1
     session.close()
     assert list(session) == []
 
@@ -210,7 +210,7 @@ def test_a_slot_is_given_back_after_the_block_that_is_being_made(engine: Engine,
     """Otherwise the next session would share its rings with a block that is still being written."""
     started, go_on = threading.Event(), threading.Event()
     session = engine.generate(face, speech(1.0))
-    latents = session._parts.production.latents
+    latents = session._producer.parts.latents
     push = latents.push
 
     def slow(*arguments):
@@ -225,11 +225,11 @@ def test_a_slot_is_given_back_after_the_block_that_is_being_made(engine: Engine,
     assert started.wait(timeout=20)
     session.close()
     assert session.closed
-    assert len(engine._free_slots) == 1
+    assert engine._runner.free_slots == 1
     go_on.set()
     thread.join(timeout=20)
     assert not thread.is_alive()
-    assert len(engine._free_slots) == 2
+    assert engine._runner.free_slots == 2
     assert [chunk.index for chunk in chunks] == [0]
 
 
@@ -244,7 +244,7 @@ def test_leaving_an_async_loop_early_ends_cleanly(engine: Engine, face: np.ndarr
         return indices
 
     assert asyncio.run(run()) == [0, 1]
-    assert len(engine._free_slots) == 2
+    assert engine._runner.free_slots == 2
 
 
 def test_recorded_sessions_take_no_live_audio(engine: Engine, face: np.ndarray) -> None:
@@ -270,7 +270,7 @@ def test_slots_are_given_back_and_refused_when_none_is_left(engine: Engine, face
 
 
 def test_a_failed_opening_gives_its_slot_back(engine: Engine, face: np.ndarray, monkeypatch) -> None:
-    monkeypatch.setattr(engine._network, "text_keys", lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+    monkeypatch.setattr(engine._runner.network, "text_keys", lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
     for _ in range(3):
         with pytest.raises(RuntimeError, match="boom"):
             engine.open_session(face)
@@ -380,7 +380,7 @@ BAD_INPUTS = {
 def test_bad_inputs_fail_before_anything_runs(inputs, error, message: str, engine: Engine, face: np.ndarray) -> None:
     with pytest.raises(error, match=message):
         engine.generate(*inputs(face))
-    assert len(engine._free_slots) == 2
+    assert engine._runner.free_slots == 2
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def test_bad_options(options: dict, message: str, engine: Engine, face: np.ndarr
 def test_nan_weights_are_reported_at_the_first_block(checkpoint: Path, face: np.ndarray) -> None:
     engine = _engine(checkpoint)
     with torch.no_grad():
-        engine._network.get_parameter("blocks.1.ffn.0.weight")[3, 5] = float("nan")
+        engine._runner.network.get_parameter("blocks.1.ffn.0.weight")[3, 5] = float("nan")
     session = engine.generate(face, speech(1))
     with pytest.raises(
         ModelError, match=r"block 0: the latents are not finite; weights with NaN.*blocks\.1\.ffn\.0\.weight"

@@ -11,7 +11,7 @@ from liveavatar_engine import Engine, EngineConfig
 from liveavatar_engine.cli import main
 from liveavatar_engine.errors import ConfigError
 from liveavatar_engine.model.linear import Fp8Linear
-from liveavatar_engine.pipeline import engine as engine_module
+from liveavatar_engine.pipeline import one_device
 
 
 def _engine(checkpoint: Path, **settings) -> Engine:
@@ -44,7 +44,7 @@ def test_frames_are_those_of_float32_and_some_noise(
 
 def test_the_skip_list_keeps_layers_out(checkpoint: Path) -> None:
     def quantized(**settings) -> set[str]:
-        network = _engine(checkpoint, precision="fp8", **settings)._network
+        network = _engine(checkpoint, precision="fp8", **settings)._runner.network
         return {name for name, module in network.named_modules() if isinstance(module, Fp8Linear)}
 
     by_default, narrower, everything = quantized(), quantized(fp8_skip=["self_attn.k", "ffn"]), quantized(fp8_skip=[])
@@ -81,7 +81,7 @@ def test_losses_are_not_measured_on_replayed_graphs(
     checkpoint: Path, face: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replay calls no layer; the command opens its engine without graphs."""
-    monkeypatch.setattr(engine_module, "graphs_absent", lambda device: None)
+    monkeypatch.setattr(one_device, "graphs_absent", lambda device: None)
     with pytest.raises(ConfigError, match="graphs=False"):
         _engine(checkpoint).precision_losses(face, speech(0.4))
     assert _engine(checkpoint, graphs=False).precision_losses(face, speech(0.4))
