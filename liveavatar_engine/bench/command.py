@@ -15,6 +15,7 @@ from rich.console import Console
 from ..config import EngineConfig
 from ..config.engine import PRECISIONS
 from ..errors import ConfigError, LiveAvatarError
+from ..files import check_writable, write_atomically
 from ..pipeline.device import resolve_device
 from ..weights.presets import PRESETS
 from . import html, screen, tpp
@@ -22,7 +23,6 @@ from .bench import Bench
 from .compare import suite as compare
 from .compare.report import SUITE as COMPARE
 from .environment import describe
-from .files import check_writable, write_atomically
 from .kernels import suite as kernels
 from .results import Report
 from .runner import SUITES, Plan, exit_code, run_plan
