@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ..config.geometry import FRAMES_PER_SECOND
 from ..errors import ConfigError
+from ..pipeline.tpp.bubbles import bubbles
 from ..pipeline.tpp.plan import Plan, make_plan
 from ..pipeline.tpp.simulate import BLOCK_SECONDS, Simulation, simulate
 from ..pipeline.tpp.simulated_lane import PREFILL, Network
@@ -235,15 +236,22 @@ def _piece(span: Span) -> Piece:
     return Piece(start, end, f"turn{span.block % _TURNS}", told, str(span.block))
 
 
+def rows_of(spans: Sequence[Span], plan: Plan) -> tuple[dict[str, Any], ...]:
+    """A run's rows, from spans on any clock: times in seconds from the first one."""
+    labels, origin = rank_labels(plan), min((span.start for span in spans), default=0.0)
+    moved = (replace(span, start=span.start - origin, end=span.end - origin) for span in spans)
+    return tuple({"label": labels[span.rank], **asdict(span)} for span in moved)
+
+
 def _drawn(run: Run) -> tuple[list[Span], dict[int, str]]:
-    """What a picture shows: work and bubbles until the first blocks are decoded, and the ranks' labels."""
-    labels = {row["rank"]: row["label"] for row in run.rows}
-    kinds = (COMPUTE, DECODE, WAIT)
+    """What a picture shows: work until the first blocks are decoded, the bubbles in between, and the ranks' labels."""
+    labels = dict(sorted((row["rank"], row["label"]) for row in run.rows))
     values = ("rank", "kind", "start", "end", "session", "block", "name")
-    spans = [Span.decode([row[name] for name in values]) for row in run.rows if row["kind"] in kinds]
-    decoded = (span.end for span in spans if span.kind == DECODE and span.block < _DRAWN_BLOCKS)
-    end = max(decoded, default=0.0)
-    return [span for span in spans if span.end <= end], dict(sorted(labels.items()))
+    spans = [Span.decode([row[name] for name in values]) for row in run.rows if row["kind"] in (COMPUTE, DECODE)]
+    end = max((span.end for span in spans if span.kind == DECODE and span.block < _DRAWN_BLOCKS), default=0.0)
+    work = [span for span in spans if span.end <= end]
+    gaps = (gap for gap in bubbles(work, (0.0, end), labels) if gap.block >= 0)
+    return work + [Span(gap.rank, WAIT, gap.start, gap.end, gap.session, gap.block) for gap in gaps], labels
 
 
 def _run_of(found: Simulation, options: TppOptions) -> Run:
@@ -255,7 +263,7 @@ def _run_of(found: Simulation, options: TppOptions) -> Run:
         SIMULATED,
         figures=(*_figures(found), *_shares(found, labels)),
         series=(Series("block_ms", "ms", "simulated: from block to block of the first session", tuple(intervals)),),
-        rows=tuple({"label": labels[span.rank], **asdict(span)} for span in found.spans),
+        rows=rows_of(found.spans, found.plan),
         notes=(options.known.basis, *_assumptions(options)),
     )
 

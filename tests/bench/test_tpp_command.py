@@ -11,7 +11,8 @@ from liveavatar_engine.bench import command, plots, tpp
 from liveavatar_engine.bench.plots import Piece
 from liveavatar_engine.bench.results import Run
 from liveavatar_engine.bench.schema import validate
-from liveavatar_engine.pipeline.tpp.trace import COMPUTE, DECODE, WAIT, read_chrome_trace
+from liveavatar_engine.pipeline.tpp.plan import StageCosts, make_plan
+from liveavatar_engine.pipeline.tpp.trace import COMPUTE, DECODE, WAIT, Span, read_chrome_trace
 
 SIMULATE = ("tpp", "--simulate", "--step-ms", "110", "--vae-ms", "60", "--devices", "5", "--blocks", "20")
 SVG = "{http://www.w3.org/2000/svg}"
@@ -89,17 +90,32 @@ class TestPicture:
     def test_as_many_bars_as_spans(self, tmp_path: Path) -> None:
         run = run_of(document_of(tmp_path, "--html", str(tmp_path / "a.html")))
         last = max(row["end"] for row in run.rows if row["kind"] == DECODE and row["block"] < tpp._DRAWN_BLOCKS)
-        drawn = [row for row in run.rows if row["kind"] in (COMPUTE, DECODE, WAIT) and row["end"] <= last]
-        assert len(drawn) > 5 * tpp._DRAWN_BLOCKS - 20
+        work = [row for row in run.rows if row["kind"] in (COMPUTE, DECODE) and row["end"] <= last]
+        begins = {rank: max(row["start"] for row in work if row["rank"] == rank) for rank in range(5)}
+        gaps = [row for row in run.rows if row["kind"] == WAIT and row["end"] <= begins[row["rank"]]]
+        assert len(work) > 5 * tpp._DRAWN_BLOCKS
+        assert len(gaps) > tpp._DRAWN_BLOCKS
         page = ET.fromstring((tmp_path / "a.html").read_text().removeprefix("<!DOCTYPE html>\n"))
         (picture,) = (
-            figure for figure in page.iter() if "Figure 8" in "".join(figure.itertext()) and "figure" in figure.tag
+            one for one in page.iter() if one.tag.endswith("figure") and "Figure 8" in "".join(one.itertext())
         )
-        assert len(list(picture.iter(f"{SVG}rect"))) == len(drawn)
         classes = [rect.attrib["class"] for rect in picture.iter(f"{SVG}rect")]
+        assert len(classes) == len(work) + len(gaps)
         assert classes.count("prefill") == 4
-        assert classes.count("bubble") == sum(row["kind"] == WAIT for row in drawn)
+        assert classes.count("bubble") == len(gaps)
         assert "simulated" in "".join(page.itertext())
+
+    def test_spans_of_any_clock(self) -> None:
+        plan = make_plan(["cuda:0", "cuda:1"], 1, StageCosts.of(1000, 500))
+        spans = [
+            *(Span(0, COMPUTE, 1e9 + block, 1e9 + block + 1, 0, block) for block in range(2)),
+            *(Span(1, DECODE, 1e9 + block + 1, 1e9 + block + 1.5, 0, block) for block in range(2)),
+            Span(1, WAIT, 1e9, 1e9 + 9, -1, -1, "records"),
+        ]
+        run = Run("tpp", {"blocks": 2}, rows=tpp.rows_of(spans, plan))
+        assert [row["start"] for row in run.rows] == [0, 1, 1, 2, 0]
+        classes = [rect.attrib["class"] for rect in ET.fromstring(f"<p>{tpp.timeline(run)}</p>").iter(f"{SVG}rect")]
+        assert classes == ["turn0", "turn1", "turn0", "turn1", "bubble", "bubble"]
 
     def test_bars_lie_where_their_times_are(self) -> None:
         label = "rank 0 · step 0 · cuda:0"

@@ -7,8 +7,10 @@ The model of the runtime, event by event:
 - A transfer costs the sender nothing but one of its two send buffers. Where none is free a finished block waits in the
   stage, and the stage with it.
 - At most `depth + 2` blocks of a session are on their way at once. The first stage takes sessions in turn.
-- When the last denoise stage has finished a session's first block, all stages get its first latent in one transfer and
-  prefill a new sink as soon as they are free; no stage begins block `update_after` before (the paper's Algorithm 4).
+- When the last denoise stage has finished a session's first block, its first latent goes to the first stage, and from
+  there down the pipeline, behind the blocks that are on their way. A stage that has nothing else to do then prefills
+  the new sink; any other does it before block `update_after`, which does not set out before the latent is known (the
+  paper's Algorithm 4).
 
 Times are whole nanoseconds inside, so that nothing depends on how seconds are rounded.
 """
