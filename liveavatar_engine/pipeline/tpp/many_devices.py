@@ -204,8 +204,13 @@ class _Streams:
         return len(self._free)
 
     def idle(self) -> bool:
-        """Whether no stream is open, but for one that is being opened."""
-        return not self._open
+        """Whether no stream is open, but for one that is being opened; those that are leaving are waited for."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._failure or not any(producer.leaving for _, producer in self._open.values()),
+                _CLOSING_SECONDS,
+            )
+            return not self._open
 
     def reserve(self) -> int:
         """A slot; one that a closed stream is about to leave is waited for.
