@@ -12,11 +12,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from ..config.engine import DESIGN_STAGE_MS
 from ..errors import ConfigError, InputError
 from ..pipeline.tpp.plan import Plan, StageCosts
 
-TARGET_STEP_MS, TARGET_DECODE_MS = 112.0, 60.0
-"""What the design's budget gives a step and a block's decode: 14B in FP8 at 704x384 on an H200. Not measured."""
 _STEP, _DECODE = ("step", "step_ms_p50"), ("vae", "decode_ms_p50")
 """Suite and figure of the benchmark."""
 
@@ -52,8 +51,8 @@ def known_costs(arguments: argparse.Namespace) -> KnownCosts:
     measured, where = ({}, "") if arguments.costs is None else _read(arguments.costs)
     found, basis = {}, []
     for name, given, key, target in (
-        ("step", arguments.step_ms, _STEP, TARGET_STEP_MS),
-        ("decode", arguments.vae_ms, _DECODE, TARGET_DECODE_MS),
+        ("step", arguments.step_ms, _STEP, DESIGN_STAGE_MS[0]),
+        ("decode", arguments.vae_ms, _DECODE, DESIGN_STAGE_MS[1]),
     ):
         if given is not None:
             found[name], source = given, "given"
