@@ -45,10 +45,19 @@ class TestByHand:
         costs = StageCosts(step=1.0, decode=1.0, first_decode=0.5, prefill=0.5, transfer=0.25)
         found = simulate(plan_of(3, 2, costs), costs, 2, update_after=1)
         assert times(found, 0, COMPUTE) == [(0.0, 1.0, 0, ""), (2.5, 3.0, 1, PREFILL), (3.0, 4.0, 1, "")]
-        assert times(found, 1, COMPUTE) == [(1.25, 2.25, 0, ""), (2.25, 2.75, 1, PREFILL), (4.25, 5.25, 1, "")]
+        assert times(found, 1, COMPUTE) == [(1.25, 2.25, 0, ""), (2.75, 3.25, 1, PREFILL), (4.25, 5.25, 1, "")]
         assert (2.25, 2.5, 0, FIRST_LATENT) in times(found, 1, SEND)
         assert (2.25, 2.5, 0, FIRST_LATENT) in times(found, 0, RECEIVE)
+        assert (2.5, 2.75, 0, FIRST_LATENT) in times(found, 0, SEND)
         assert found.warm_ups == (2.5, 1.5)
+
+    def test_a_stage_with_other_work_prefills_as_late_as_it_can(self) -> None:
+        costs = StageCosts(step=1.0, decode=0.5, first_decode=0.5, prefill=0.5)
+        found = simulate(plan_of(3, 2, costs), costs, 4, update_after=3)
+        expected = [(0.0, 1.0, 0, ""), (1.0, 2.0, 1, ""), (2.0, 3.0, 2, ""), (3.0, 3.5, 3, PREFILL), (3.5, 4.5, 3, "")]
+        assert times(found, 0, COMPUTE) == expected
+        assert [start for start, _, _, name in times(found, 1, COMPUTE) if name == PREFILL] == [4.0]
+        assert found.delivered[0] == (2.5, 3.5, 4.5, 6.0)
 
     def test_a_slow_decoder_holds_the_stages_back(self) -> None:
         """Two blocks in its receive buffers, two in the send buffers, and then the stage itself waits."""
@@ -63,12 +72,10 @@ class TestByHand:
         assert [start for start, *_ in times(found, 0, COMPUTE)] == [0, 1, 2, 3, 4, 7]
 
     def test_one_device_does_all_in_turn(self) -> None:
-        found = simulate(plan_of(1, 4, PAPER), PAPER, 4)
-        assert [span.kind for span in found.spans if span.kind in (COMPUTE, DECODE)] == [
-            *(COMPUTE, DECODE, COMPUTE),
-            *(COMPUTE, DECODE) * 3,
-        ]
-        assert found.delivered[0] == pytest.approx((0.5, 1.11, 1.61, 2.11))
+        found = simulate(plan_of(1, 4, PAPER), PAPER, 5)
+        names = [span.name or span.kind for span in found.spans if span.kind in (COMPUTE, DECODE)]
+        assert names == [COMPUTE, DECODE] * 4 + [PREFILL, COMPUTE, DECODE]
+        assert found.delivered[0] == pytest.approx((0.5, 1.0, 1.5, 2.0, 2.61))
 
     def test_mates_work_at_once(self) -> None:
         plan = plan_of(3, 4, PAPER, sequence_parallel=2)
@@ -188,8 +195,8 @@ class TestNodes:
         found = simulate(plan, costs, 3, network=Network(2, 0.02))
         assert found.first_frame == pytest.approx(0.45 + 2 * 0.001 + 2 * 0.02)
         assert [round(end - start, 6) for start, end, block, name in times(found, 1, SEND) if not name] == [0.02] * 3
-        back = [round(s.seconds, 6) for s in found.spans if s.name == FIRST_LATENT and s.kind == RECEIVE]
-        assert back == [0.02, 0.02, 0.001], "to the other machine, and to its neighbour"
+        back = [(s.rank, round(s.seconds, 6)) for s in found.spans if s.name == FIRST_LATENT and s.kind == RECEIVE]
+        assert back == [(0, 0.02), (1, 0.001), (2, 0.02), (3, 0.001)], "to the first stage, and down the pipeline"
 
     def test_a_slow_network_is_the_bottleneck(self) -> None:
         costs = StageCosts.of(100, 50)

@@ -1,6 +1,8 @@
 """Spans of the workers, and the timeline in a file."""
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -162,6 +164,16 @@ class TestFile:
         with pytest.raises(OutputError, match="does not exist"):
             write_chrome_trace(tmp_path / "no" / "a.json", SPANS, plan)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipeline_needs_no_media_library() -> None:
+    """A machine that only computes has none."""
+    code = (
+        "import sys; import liveavatar_engine.pipeline.tpp.trace, liveavatar_engine.bench.layout;"
+        "print([name for name in ('av', 'soxr', 'PIL', 'torch') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 class TestBubbles:

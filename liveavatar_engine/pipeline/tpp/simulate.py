@@ -7,8 +7,10 @@ The model of the runtime, event by event:
 - A transfer costs the sender nothing but one of its two send buffers. Where none is free a finished block waits in the
   stage, and the stage with it.
 - At most `depth + 2` blocks of a session are on their way at once. The first stage takes sessions in turn.
-- When the last denoise stage has finished a session's first block, all stages get its first latent in one transfer and
-  prefill a new sink as soon as they are free; no stage begins block `update_after` before (the paper's Algorithm 4).
+- When the last denoise stage has finished a session's first block, its first latent goes to the first stage, and from
+  there down the pipeline, behind the blocks that are on their way. A stage that has nothing else to do then prefills
+  the new sink; any other does it before block `update_after`, which does not set out before the latent is known (the
+  paper's Algorithm 4).
 
 Times are whole nanoseconds inside, so that nothing depends on how seconds are rounded.
 """
@@ -91,10 +93,13 @@ class Simulation:
 
     @property
     def steady_window(self) -> tuple[float, float]:
-        """From the delivery of the middle block to when a first stage begins the last one; empty for a short run."""
+        """From the delivery of the middle block to the last delivery before a first stage begins its last block.
+
+        These are whole blocks; it is empty for a short run.
+        """
         start = max(times[(len(times) - 1) // 2] for times in self.delivered)
-        begun = [s.start for s in self.spans if s.kind == COMPUTE and s.block == len(self.delivered[0]) - 1]
-        return start, max(start, min(begun))
+        begun = min(s.start for s in self.spans if s.kind == COMPUTE and s.block == len(self.delivered[0]) - 1)
+        return start, max((time for time in self.delivered[0] if start < time <= begun), default=start)
 
 
 def simulate(

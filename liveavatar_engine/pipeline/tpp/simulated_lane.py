@@ -77,6 +77,17 @@ class _Block:
     index: int
 
 
+@dataclass(frozen=True)
+class _FirstLatent:
+    """What the last denoise stage has made of a session's first block."""
+
+    session: SessionState
+    index: int = 0
+
+
+_Item = _Block | _FirstLatent
+
+
 class Clock:
     """Does what was asked for, in order of time and of asking."""
 
@@ -101,10 +112,10 @@ class Clock:
             self.now, _, action = heapq.heappop(self._events)
             action()
 
-    def span(self, ranks: Sequence[RankPlan], kind: str, seconds: float, block: _Block, name: str = "") -> None:
+    def span(self, ranks: Sequence[RankPlan], kind: str, seconds: float, item: _Item, name: str = "") -> None:
         """Something that takes some seconds from now on."""
         start, end = self.now / NANO, (self.now + round(seconds * NANO)) / NANO
-        self.spans += [Span(rank.rank, kind, start, end, block.session.number, block.index, name) for rank in ranks]
+        self.spans += [Span(rank.rank, kind, start, end, item.session.number, item.index, name) for rank in ranks]
 
 
 class _Link:
@@ -112,7 +123,7 @@ class _Link:
 
     def __init__(self, sender: _Stage, receiver: _Stage, seconds: float, clock: Clock) -> None:
         self._sender, self._receiver, self._seconds, self._clock = sender, receiver, seconds, clock
-        self._waiting: deque[_Block] = deque()
+        self._waiting: deque[_Item] = deque()
         self._send_buffers = self._receive_buffers = _BUFFERS
         self._moving = False
 
@@ -125,25 +136,37 @@ class _Link:
         self._move()
         return True
 
+    def tell(self, latent: _FirstLatent) -> None:
+        """Pass a first latent on, behind the blocks so far; it needs no buffer."""
+        self._waiting.append(latent)
+        self._move()
+
     def give_back(self) -> None:
         """The receiver is done with a block."""
         self._receive_buffers += 1
         self._move()
 
     def _move(self) -> None:
-        if self._moving or not self._waiting or not self._receive_buffers:
+        if self._moving or not self._waiting:
             return
+        item = self._waiting[0]
+        name = ""
+        if isinstance(item, _FirstLatent):
+            name = FIRST_LATENT
+        elif not self._receive_buffers:
+            return
+        else:
+            self._receive_buffers -= 1
         self._moving = True
-        self._receive_buffers -= 1
-        block = self._waiting.popleft()
-        self._clock.span(self._sender.ranks[:1], SEND, self._seconds, block)
-        self._clock.span(self._receiver.ranks, RECEIVE, self._seconds, block)
-        self._clock.after(self._seconds, partial(self._arrived, block))
+        self._waiting.popleft()
+        self._clock.span(self._sender.ranks[:1], SEND, self._seconds, item, name)
+        self._clock.span(self._receiver.ranks, RECEIVE, self._seconds, item, name)
+        self._clock.after(self._seconds, partial(self._arrived, item))
 
-    def _arrived(self, block: _Block) -> None:
+    def _arrived(self, item: _Item) -> None:
         self._moving = False
-        self._send_buffers += 1
-        self._receiver.inbox.append((block, self))
+        self._send_buffers += isinstance(item, _Block)
+        self._receiver.inbox.append((item, self))
         self._receiver.poke()
         self._sender.poke()
         self._move()
@@ -153,27 +176,25 @@ class _Stage:
     """One stage of a lane: denoise steps, decoding, or both."""
 
     def __init__(self, lane: LaneRun, ranks: tuple[RankPlan, ...]) -> None:
-        self.ranks, self.inbox = ranks, deque[tuple[_Block, _Link | None]]()
+        self.ranks, self.inbox = ranks, deque[tuple[_Item, _Link | None]]()
         self.links: list[_Link] = []
         self._lane, self._costs = lane, lane.request.costs
         self._decodes = ranks[0].decoder is not None
         self._seconds = len(ranks[0].steps) * self._costs.step / len(ranks)
         self._busy = False
         self._held: _Block | None = None
-        self._to_prefill: deque[SessionState] = deque()
+        self._known: set[int] = set()
         self._prefilled: set[int] = set()
 
-    def first_latent(self, session: SessionState) -> None:
-        """A session's first latent is here."""
-        self._to_prefill.append(session)
+    def take(self, latent: _FirstLatent) -> None:
+        """A session's first latent is here, behind what came before."""
+        self.inbox.append((latent, None))
         self.poke()
 
-    def may_begin(self, block: _Block) -> bool:
-        """Whether the sink that a block sees is there."""
+    def knows(self, block: _Block) -> bool:
+        """Whether the first latent is here, if a block sees a sink that is made of it."""
         after = self._lane.request.update_after
-        return (
-            not self.ranks[0].steps or after is None or block.index < after or block.session.number in self._prefilled
-        )
+        return not self.ranks[0].steps or after is None or block.index < after or block.session.number in self._known
 
     def poke(self) -> None:
         """Begin whatever can be begun."""
@@ -181,14 +202,36 @@ class _Stage:
             self._held = None
         if self._busy or self._held is not None:
             return
-        if self._to_prefill:
-            self._prefill(self._to_prefill.popleft())
-            return
         if not self.inbox:
             self._lane.offer(self)
-        if self.inbox and self.may_begin(self.inbox[0][0]):
-            block, link = self.inbox.popleft()
-            self._work(self._seconds, COMPUTE, block, partial(self._denoised, block, link))
+        if not self.inbox:
+            return
+        item, link = self.inbox[0]
+        if isinstance(item, _FirstLatent):
+            self.inbox.popleft()
+            self._learn(item)
+        elif self._must_prefill(item):
+            self._prefill(item.session)
+        elif self.knows(item):
+            self.inbox.popleft()
+            self._work(self._seconds, COMPUTE, item, partial(self._denoised, item, link))
+
+    def _learn(self, latent: _FirstLatent) -> None:
+        """Pass it on, and prefill the new sink if there is nothing else to do."""
+        self._known.add(latent.session.number)
+        if self is not self._lane.last:
+            self.links[0].tell(latent)
+        if not self.inbox:
+            self._lane.offer(self)
+        if self.inbox:
+            self.poke()
+        else:
+            self._prefill(latent.session)
+
+    def _must_prefill(self, block: _Block) -> bool:
+        after = self._lane.request.update_after
+        number = block.session.number
+        return block.index == after and number in self._known and number not in self._prefilled
 
     def _prefill(self, session: SessionState) -> None:
         def done() -> None:
@@ -200,7 +243,7 @@ class _Stage:
 
     def _denoised(self, block: _Block, link: _Link | None) -> None:
         if block.index == 0 and self is self._lane.last:
-            self._lane.send_first_latent(block)
+            self._lane.send_first_latent(block.session)
         if self._decodes:
             early = self._lane.clock.now + round(self._costs.first_decode * NANO)
             block.session.first_frame = block.session.first_frame or early
@@ -266,23 +309,22 @@ class LaneRun:
                 session.begun < session.blocks
                 and on_their_way < self._lane.depth + SPARE_BLOCKS
                 and self._available(session.begun) <= self.clock.now
-                and stage.may_begin(block)
+                and stage.knows(block)
             ):
                 session.begun += 1
                 stage.inbox.append((block, None))
                 return
 
-    def send_first_latent(self, block: _Block) -> None:
-        """From the last denoise stage to all of them."""
+    def send_first_latent(self, session: SessionState) -> None:
+        """From the last denoise stage to the first one, which passes it on."""
         if self.request.update_after is None:
             return
-        sender = self.last.ranks[0]
-        for stage in self._stages:
-            seconds = self.request.network.transfer(sender, stage.ranks[0], self.request.costs)
-            if stage is not self.last:
-                self.clock.span((sender,), SEND, seconds, block, FIRST_LATENT)
-                self.clock.span(stage.ranks, RECEIVE, seconds, block, FIRST_LATENT)
-            self.clock.after(seconds, partial(stage.first_latent, block.session))
+        first, latent = self._stages[0], _FirstLatent(session)
+        seconds = self.request.network.transfer(self.last.ranks[0], first.ranks[0], self.request.costs)
+        if first is not self.last:
+            self.clock.span(self.last.ranks[:1], SEND, seconds, latent, FIRST_LATENT)
+            self.clock.span(first.ranks, RECEIVE, seconds, latent, FIRST_LATENT)
+        self.clock.after(seconds, partial(first.take, latent))
 
     def deliver(self, block: _Block) -> None:
         """A block's frames are there."""

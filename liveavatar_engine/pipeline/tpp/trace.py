@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...errors import InputError
-from ...media.part_file import PartFile
+from ...files import check_writable, write_atomically
 from .plan import Plan
 
 COMPUTE, WAIT, SEND, RECEIVE, DECODE, DELIVER = KINDS = ("compute", "wait", "send", "receive", "decode", "deliver")
@@ -161,14 +161,8 @@ def write_chrome_trace(path: str | Path, spans: Sequence[Span], plan: Plan, note
         "displayTimeUnit": "ms",
         "otherData": {"schema": _SCHEMA, "version": _VERSION, "origin": origin, "note": note},
     }
-    part = PartFile(path)
-    try:
-        part.part.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
-        part.publish()
-    except OSError as error:
-        raise part.error(error) from error
-    finally:
-        part.discard()
+    check_writable(Path(path))
+    write_atomically(Path(path), json.dumps(document, allow_nan=False))
 
 
 def read_chrome_trace(path: str | Path) -> tuple[list[Span], dict[int, str]]:
