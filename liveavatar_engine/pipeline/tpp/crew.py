@@ -123,8 +123,8 @@ class Crew:
         door = Door(key, self._launcher.host)
         try:
             self._processes = self._launcher.start(door.address, key, len(self.plan))
-            self._meet(door)
             threading.Thread(target=self._watch, name="liveavatar-watch", daemon=True).start()
+            self._meet(door)
             for setup in setups({rank: member.info for rank, member in self._members.items()}):
                 self.send(setup.rank.rank, Record("setup", setup.encode()))
             self._all("agreed")
@@ -186,6 +186,8 @@ class Crew:
         if self._closing.is_set():
             return
         self._closing.set()
+        if self.failure is not None:
+            return
         for member in self._members.values():
             try:
                 member.link.send(STOP)
@@ -204,7 +206,12 @@ class Crew:
         waiting = threading.Thread(target=self._watch_start, args=(door,), daemon=True)
         waiting.start()
         while len(self._members) < len(self.plan):
-            link = door.accept()
+            try:
+                link = door.accept()
+            except LinkClosed:
+                if self._suspicions:
+                    raise
+                continue
             hello = link.receive()
             self._offsets[hello["rank"]] = time.time() - hello["time"]
             plan = self.plan.ranks[hello["rank"]]
@@ -219,7 +226,7 @@ class Crew:
             for process in self._processes:
                 if process.rank not in self._members and process.poll() is not None:
                     self._suspect(_DIED, process.rank, f"ended with status {process.poll()} before it was ready")
-                    door.close()
+                    door.interrupt()
                     return
             time.sleep(0.1)
 

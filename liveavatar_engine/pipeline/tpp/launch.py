@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Protocol
 
 from .link import LOCALHOST, Address
@@ -22,7 +23,7 @@ class Process:
         self._popen = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         told = {"rank": rank, "address": list(address), "key": key.hex(), "host": host}
         assert self._popen.stdin is not None
-        with self._popen.stdin as stdin:
+        with suppress(BrokenPipeError), self._popen.stdin as stdin:
             stdin.write(json.dumps(told).encode() + b"\n")
 
     def poll(self) -> int | None:

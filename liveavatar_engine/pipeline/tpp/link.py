@@ -6,7 +6,10 @@ No read ever times out: an idle stream is silent.
 
 from __future__ import annotations
 
+import socket
 import threading
+from contextlib import suppress
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 
 from .records import Record
@@ -73,13 +76,17 @@ class Door:
         """The next process that connects and knows the key.
 
         Raises:
-            LinkClosed: the door has been closed.
-            multiprocessing.AuthenticationError: somebody else has knocked.
+            LinkClosed: `interrupt` has been called, or somebody without the key has knocked.
         """
         try:
             return Link(self._listener.accept())
-        except (OSError, EOFError):
+        except (OSError, EOFError, AuthenticationError):
             raise LinkClosed from None
+
+    def interrupt(self) -> None:
+        """Let `accept` return in another thread."""
+        with suppress(OSError):
+            socket.create_connection(self.address).close()
 
     def close(self) -> None:
         self._listener.close()

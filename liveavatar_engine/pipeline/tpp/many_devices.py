@@ -18,7 +18,7 @@ from ..runner import StreamOrder, WorkerInfo
 from .crew import Crew
 from .launch import Launcher
 from .plan import Lane, Plan
-from .producer import Berth, PipelineProducer
+from .producer import Berth, Gate, PipelineProducer
 from .records import Record
 from .setup import Progress, Weights, WorkerSetup
 from .shared_frames import SharedFrames
@@ -62,12 +62,11 @@ class ManyDevices:
         self.plan, self.model = plan, model
         self._config, self._weights, self._launcher, self._device = config, weights, launcher, device
         self._trace = trace
-        self._streams = _Streams(config.max_sessions)
         self._numbers = itertools.count()
         self._crew = self._start(progress)
 
     def _start(self, progress: Progress | None = None) -> Crew:
-        streams = self._streams = _Streams(self._config.max_sessions)
+        streams = self._streams = _Streams(self._config.max_sessions, self.plan)
         self._geometry: StreamGeometry | None = None
         self._frames: dict[int, SharedFrames] = {}
         crew = Crew(self.plan, self._launcher, streams.dispatch, streams.fail, streams.ended.set, trace=self._trace)
@@ -161,6 +160,7 @@ class ManyDevices:
                 session,
                 next(self._numbers),
                 range(session * window, (session + 1) * window),
+                self._streams.gates[slot % len(self.plan.lanes)],
                 partial(self._crew.send, lane.stages[0][0].rank),
                 partial(_read, self._frames.get(decoder)),
             )
@@ -189,7 +189,9 @@ class ManyDevices:
 class _Streams:
     """The streams of an engine, by number; what workers say of them is handed to them."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, plan: Plan) -> None:
+        self.gates = [Gate() for _ in plan.lanes]
+        self._plan = plan
         self.ended = threading.Event()
         self.opening = threading.RLock()
         self.relay: Callable[[Record, int], None] = lambda record, slot: None
@@ -242,6 +244,9 @@ class _Streams:
 
     def dispatch(self, rank: int, record: Record) -> None:
         """Hand a worker's record to the stream that it is about."""
+        if record.kind == "credit":
+            self.gates[self._plan.ranks[rank].lane].leave()
+            return
         with self._changed:
             found = self._open.get(record["stream"])
             if found is None:

@@ -38,7 +38,7 @@ class Outlet:
 
     Args:
         front: takes chunks and news.
-        upstream: is told when there is room for another block; None: blocks come from the front.
+        upstream: is told when there is room for another block; None: blocks come from the front, which is told.
         downstream: the stages after this one, each with records of some sessions; none behind the last.
         clock: of the device, for traces.
         trace: takes spans.
@@ -141,5 +141,4 @@ class Outlet:
         return timings
 
     def _give_credit(self) -> None:
-        if self._upstream is not None:
-            self._upstream.send(CREDIT)
+        (self._upstream or self._front).send(CREDIT)

@@ -16,6 +16,7 @@ from ...frames import FrameChunk
 from ...runtime.timing import StageTimer
 from ..production import cut_chunk, parts_of
 from ..runner import StreamOrder
+from .channel import BUFFERS
 from .records import Record
 
 _POLL_SECONDS = 0.05
@@ -33,6 +34,7 @@ class Berth:
         session: its number in its lane.
         stream: a number that no other stream of the engine has.
         slots: for frames that have been made, or are being made, and not been taken yet.
+        gate: of the lane's first stage, which lets streams in by turns.
         send: hands a record to the lane's first stage, in order.
         read: takes frames out of a slot, where they are not in the record.
     """
@@ -40,12 +42,47 @@ class Berth:
     session: int
     stream: int
     slots: range
+    gate: Gate
     send: Callable[[Record], None]
     read: ReadFrames
 
     def record(self, kind: str, tensors: dict[str, Tensor] | None = None, **fields: object) -> Record:
         """A record of this stream."""
         return Record(kind, {"session": self.session, "stream": self.stream, **fields}, tensors or {})
+
+
+class Gate:
+    """Lets blocks into a lane, as many as its first stage has buffers for, in the order in which they were brought.
+
+    So streams that all have blocks to bring take turns, and none has to wait for more than one block of each other.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._free = BUFFERS
+        self._waiting: deque[object] = deque()
+
+    def enter(self, over: Callable[[], bool]) -> bool:
+        """Wait for a turn; False when it is `over` before it comes."""
+        me = object()
+        with self._changed:
+            self._waiting.append(me)
+            try:
+                while not (self._free and self._waiting[0] is me):
+                    if over():
+                        return False
+                    self._changed.wait(_POLL_SECONDS)
+                self._free -= 1
+                return True
+            finally:
+                self._waiting.remove(me)
+                self._changed.notify_all()
+
+    def leave(self) -> None:
+        """The first stage has done with a block."""
+        with self._changed:
+            self._free += 1
+            self._changed.notify_all()
 
 
 class PipelineProducer:
@@ -192,7 +229,11 @@ class PipelineProducer:
         slots = self._take_slots(parts)
         if slots is None:
             return False
+        if not self._berth.gate.enter(self._over):
+            return False
         tensors = {"states": states} if pose is None else {"states": states, "pose": pose}
+        with self._changed:
+            self._asked += len(parts)
         fields = {"block": index, "parts": list(parts), "slots": slots, "timings": timer.seconds()}
         self._berth.send(self._berth.record("block", tensors, **fields))
         return True
@@ -220,5 +261,4 @@ class PipelineProducer:
                 pass
             if self._over():
                 return None
-            self._asked += len(parts)
             return [self._free.popleft() for _ in parts]

@@ -34,7 +34,10 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Activity:
-    """What a stage is doing, since when (`time.monotonic`); session and block -1: nothing that belongs to one."""
+    """What a stage is doing, since when (`time.monotonic`), and the session and block that it is, or was last, for.
+
+    -1 stands for none.
+    """
 
     kind: str
     session: int
@@ -56,6 +59,7 @@ class StageLoop:
         device: that the stage works on.
         mates: links to the ranks that share the steps and do what this one does.
         led: whether this is one of them.
+        begun: called when a block is begun.
         warmed: called with a geometry that streams will have, and the record, when the stage is ready for it.
     """
 
@@ -68,13 +72,14 @@ class StageLoop:
         device: torch.device,
         mates: Sequence[Link],
         led: bool,
+        begun: Callable[[], None],
         warmed: Callable[[StreamGeometry, Record], None],
     ) -> None:
         self.inbox: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self.activity = Activity(IDLE, -1, -1, time.monotonic())
         self._model, self._denoising, self._decoding = model, denoising, decoding
         self._outlet, self._device, self._warmed = outlet, device, warmed
-        self._mates, self._led = mates, led
+        self._mates, self._led, self._begun = mates, led, begun
         self._geometry: StreamGeometry | None = None
         self._failed: set[int] = set()
         self._handlers: dict[str, Callable[[Arrival], None]] = {
@@ -99,8 +104,11 @@ class StageLoop:
         """
         while (arrival := self._next()).record is not STOP:
             record = arrival.record
-            session, block = record.fields.get("session", -1), record.fields.get("block", -1)
+            session = record.fields.get("session", -1)
+            block = record.fields.get("block", self.activity.block if session >= 0 else -1)
             self.activity = Activity(record.kind, session, block, time.monotonic())
+            if record.kind == "block":
+                self._begun()
             try:
                 if session in self._failed and record.kind not in ("open", "close"):
                     self._drop(arrival)
@@ -117,7 +125,7 @@ class StageLoop:
                     Record("session_failed", {**fields, "error": type(error).__name__, "message": str(error)})
                 )
                 self._drop(arrival)
-            self.activity = Activity(IDLE, -1, -1, time.monotonic())
+            self.activity = Activity(IDLE, session, block, time.monotonic())
 
     def _do(self, arrival: Arrival) -> None:
         """Do what a record says, and let mates do the same."""
@@ -134,7 +142,7 @@ class StageLoop:
                 return self.inbox.get()
 
     def _drop(self, arrival: Arrival) -> None:
-        if arrival.latents is not None:
+        if arrival.record.kind == "block" and not self._led:
             self._outlet.discard()
 
     def _pass_on(self, record: Record) -> None:

@@ -106,7 +106,7 @@ class Worker:
             stages.denoising.group = neighbours.group
         leader, mates = neighbours.leader, neighbours.mates
         works = stages.model, stages.denoising, stages.decoding
-        self._loop = loop = StageLoop(*works, outlet, device, mates, leader is not None, warmed)
+        self._loop = loop = StageLoop(*works, outlet, device, mates, leader is not None, self._say, warmed)
         self._start("front", lambda: self._read_front(loop))
         upstream = neighbours.upstream
         if upstream is not None:
@@ -173,15 +173,19 @@ class Worker:
         drained = False
         try:
             while not self._ending.wait(BEAT_SECONDS):
-                doing = self._phase if self._loop is None else self._loop.activity
-                fields = {"doing": doing.kind, "session": doing.session, "block": doing.block}
-                self._front.send(Record("beat", {**fields, "seconds": time.monotonic() - doing.since}))
+                self._say()
                 if self._drain.is_set() and not drained:
                     self._front.send(Record("drain"))
                     drained = True
         except LinkClosed:
             if not self._ending.is_set():
                 self._leave(LOST_FRONT)
+
+    def _say(self) -> None:
+        """Tell the front what is being done."""
+        doing = self._phase if self._loop is None else self._loop.activity
+        fields = {"doing": doing.kind, "session": doing.session, "block": doing.block}
+        self._front.send(Record("beat", {**fields, "seconds": time.monotonic() - doing.since}))
 
     def _fail(self, error: Exception) -> None:
         """Tell the front what has gone wrong, and wait for it to end everything."""
