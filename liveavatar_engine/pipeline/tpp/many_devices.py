@@ -126,6 +126,8 @@ class ManyDevices:
         fields: dict[str, object] = {
             "height": geometry.height,
             "width": geometry.width,
+            "frames_per_block": geometry.frames_per_block,
+            "ring_frames": geometry.ring_frames,
             "motion_tokens": geometry.motion_tokens,
             "actors": actors,
             "masked": masked,
