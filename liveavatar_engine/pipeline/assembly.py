@@ -15,7 +15,7 @@ from ..weights.budget import expected_geometry, require_memory
 from ..weights.conversion import settled
 from ..weights.layout import Checkpoint
 from ..weights.network import LoadProgress, load_network
-from .device import log_kernels, resolve_device, resolve_precision
+from .device import local_name, log_kernels, resolve_device, resolve_precision
 from .encoders import Encoders
 from .one_device import OneDevice
 from .runner import Runner
@@ -91,12 +91,13 @@ def device_names(config: EngineConfig, job: Job | None) -> tuple[str, ...]:
         )
     seen: dict[str, str] = {}
     for name in config.devices:
-        device = torch.device(name) if job is not None and job.nodes > 1 else resolve_device((name,))
-        known = name if device.type == "cpu" else str(device)
+        local = local_name(name)
+        device = torch.device(local) if local != name else resolve_device((local,))
+        known = name if device.type == "cpu" or local != name else str(device)
         if known in seen:
             raise ConfigError(f"devices: {seen[known]!r} and {name!r} are the same")
         seen[known] = name
-    if len({torch.device(name).type for name in config.devices}) > 1:
+    if len({torch.device(local_name(name)).type for name in config.devices}) > 1:
         raise ConfigError(f"devices: expected GPUs or CPUs, not both: {', '.join(config.devices)}")
     return config.devices
 
@@ -146,7 +147,7 @@ def _on_many(
     expected_geometry(model, config).heads_per_rank(config.sequence_parallel)
     here = len(names) if job is None else job.local_world_size
     decoders = [rank for rank in plan.ranks if rank.decoder is not None and rank.rank < here]
-    device = resolve_device((decoders[0].device if decoders else names[here - 1],))
+    device = resolve_device((local_name(decoders[0].device if decoders else names[here - 1]),))
     weights = Weights(str(source.checkpoint.resolve()), _path(source.lora), _path(source.vae))
     _log.info("loading %s on %s", found.root, ", ".join(f"{rank.device}: {rank.stage}" for rank in plan.ranks))
     encoders = Encoders.load(found, config, device)
