@@ -20,7 +20,7 @@ from liveavatar_engine.denoise.executor import Denoiser, StepExecutor
 from liveavatar_engine.denoise.schedule import flow_match_schedule
 from liveavatar_engine.errors import CheckpointError, DeviceMemoryError
 from liveavatar_engine.model.quantize import use_fp8
-from liveavatar_engine.pipeline import engine as engine_module
+from liveavatar_engine.pipeline import assembly, encoders
 from liveavatar_engine.runtime.graphs import PlainCalls
 from liveavatar_engine.vae.block_decoder import BlockDecoder
 from liveavatar_engine.vae.layers import History
@@ -350,8 +350,8 @@ def test_offloaded_weights_must_fit_the_host(checkpoint: Path, monkeypatch: pyte
 
 def test_an_engine_refuses_before_it_loads(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "free_memory", lambda _: 10**6)
-    for loader in ("load_network", "load_offloadable_vae"):
-        monkeypatch.setattr(engine_module, loader, lambda *_: pytest.fail("something was loaded"))
+    for module, loader in ((assembly, "load_network"), (encoders, "load_offloadable_vae")):
+        monkeypatch.setattr(module, loader, lambda *_: pytest.fail("something was loaded"))
     with pytest.raises(DeviceMemoryError, match="this needs"):
         Engine.from_pretrained(checkpoint, config=EngineConfig(size="64x64", devices="cpu"))
 
