@@ -99,11 +99,13 @@ class Engine:
         progress: LoadProgress | None = None,
         *,
         vae: str | Path | None = None,
+        lora_scale: float | None = None,
     ) -> Self:
         """Load a checkpoint directory, original or converted, merging a LoRA adapter where one is given.
 
         `progress` is called with the tensors of the network loaded so far and to be loaded. `vae` is a file with the
         weights of a light decoder (docs/light-decoder.md), which makes frames in place of the checkpoint's VAE.
+        `lora_scale` is the adapter's alpha / rank, if it is not to be what its file says.
 
         Raises:
             CheckpointError: parts are missing or damaged or do not fit together; nothing has been allocated for the
@@ -124,7 +126,7 @@ class Engine:
         text_encoder = TextEncoder.load(found.text_encoder, found.tokenizer, dtype, device, offload.get("text_encoder"))
         decoder = None if vae is None else load_decoder(Path(vae), precision.decoder, device)
         wan = load_offloadable_vae(found.vae, precision.decoder, device, offload.get("vae"))
-        network = load_network(found.root, adapter, dtype, device, progress, precision.fp8_skip)
+        network = load_network(found.root, adapter, dtype, device, progress, precision.fp8_skip, lora_scale=lora_scale)
         sizes = (audio_encoder.state_count, audio_encoder.state_dim)
         if sizes != (network.config.audio_layers, network.config.audio_dim):
             raise CheckpointError(
@@ -138,6 +140,16 @@ class Engine:
     def device(self) -> torch.device:
         """Where conditions are encoded."""
         return self._encoders.audio.device
+
+    @property
+    def runner(self) -> Runner:
+        """What makes blocks, for those who order streams that `generate` does not make."""
+        return self._runner
+
+    @property
+    def encoders(self) -> Encoders:
+        """What encodes the conditions of streams."""
+        return self._encoders
 
     @property
     def executor(self) -> StepExecutor | None:
