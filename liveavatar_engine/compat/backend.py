@@ -1,0 +1,135 @@
+"""The engine behind a pipeline: loaded when it is first needed, with what has been asked of the noise model by then."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..conditions.audio_features import Features, WindowedFeatures, window_samples
+from ..conditions.audio_window import AudioWindow
+from ..conditions.speech import RecordedSpeech
+from ..config import EngineConfig
+from ..config.engine import REFERENCE_FP8_SKIP
+from ..errors import ConfigError
+from ..pipeline import inputs as engine_inputs
+from ..pipeline.device import graphs_absent
+from ..pipeline.one_device import OneDevice
+from ..runtime.graphs import recorder
+from ..weights.layout import Checkpoint
+from .columns import WholeClips
+from .devices import Layout
+from .inputs import Inputs
+from .noise_model import NoiseModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+
+    from ..pipeline.engine import Engine
+
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+class Backend:
+    """Keeps one engine, and changes it as little as the next video needs.
+
+    Args:
+        found: the checkpoint.
+        noise_model: what to load of its network.
+        text_len: tokens of a prompt, at most.
+    """
+
+    def __init__(self, found: Checkpoint, noise_model: NoiseModel, text_len: int) -> None:
+        if noise_model.param_dtype not in _PRECISIONS:
+            raise ConfigError(f"param_dtype must be torch.bfloat16 or torch.float32, not {noise_model.param_dtype}")
+        if text_len > noise_model.config.text_len:
+            raise ConfigError(f"text_len {text_len}: the network reads at most {noise_model.config.text_len} tokens")
+        self._found, self._noise_model, self._text_len = found, noise_model, text_len
+        self._engine: Engine | None = None
+        self._wanted: EngineConfig | None = None
+        self._window: tuple[int, AudioWindow] | None = None
+
+    @property
+    def loaded(self) -> Engine | None:
+        """The engine, if there is one yet."""
+        return self._engine
+
+    def settings(self, layout: Layout, steps: int, size: tuple[int, int], *, offload: bool) -> EngineConfig:
+        """The engine's settings for a video of (height, width), with weights as the noise model has them."""
+        skip = self._noise_model.fp8_skip
+        return EngineConfig(
+            size=f"{size[1]}x{size[0]}",
+            precision=_PRECISIONS[self._noise_model.param_dtype] if skip is None else "fp8",
+            fp8_skip=REFERENCE_FP8_SKIP if skip is None else skip,
+            devices=layout.devices,
+            steps=steps,
+            offload=("text_encoder",) if offload else (),
+        )
+
+    def engine(self, wanted: EngineConfig) -> Engine:
+        """An engine with these settings; weights are loaded only if there is none with the same ones."""
+        if self._engine is None or not self._serves(self._engine, wanted):
+            self._load(wanted)
+        elif self._engine.config.steps != wanted.steps:
+            self._engine = _with_steps(self._engine, wanted.steps)
+        self._wanted = wanted
+        assert self._engine is not None
+        return self._engine
+
+    def context(self, engine: Engine, prompt: str) -> torch.Tensor:
+        """The prompt's context, [tokens, text_dim]."""
+        return engine.encoders.text.context(prompt, self._text_len)
+
+    def spoken(self, engine: Engine, inputs: Inputs) -> Features:
+        """Audio states of recorded speech, to the end of its last clip.
+
+        Up to 60 s are encoded as a whole, as the reference does with any length; longer speech in windows.
+        """
+        columns = inputs.geometry.columns_per_block
+        encoder = engine.encoders.audio
+        recorded = engine_inputs.recorded_features(
+            inputs.speech, encoder, "global", columns, lambda: self._audio_window(engine, columns)
+        )
+        return WholeClips(recorded, inputs.geometry, inputs.clips)
+
+    def heard(self, engine: Engine, inputs: Inputs, samples: Iterator[np.ndarray]) -> Features:
+        """Audio states of samples that come one chunk after the other, [1, layers, dim, columns] a block."""
+        columns = inputs.geometry.columns_per_block
+        window = self._audio_window(engine, columns)
+        return WindowedFeatures(engine.encoders.audio, RecordedSpeech(samples), columns, window)
+
+    def _audio_window(self, engine: Engine, columns: int) -> AudioWindow:
+        if self._window is None or self._window[0] != columns:
+            record_with = recorder(engine.device, engine.config.graphs and graphs_absent(engine.device) is None)
+            window = AudioWindow(engine.encoders.audio, window_samples(columns), columns, record_with)
+            self._window = columns, window
+        return self._window[1]
+
+    def _serves(self, engine: Engine, wanted: EngineConfig) -> bool:
+        """Whether the weights as they are loaded serve these settings, too; their places depend on nothing else."""
+        assert self._wanted is not None
+        steps = wanted.steps if isinstance(engine.runner, OneDevice) else self._wanted.steps
+        return dataclasses.replace(self._wanted, size=wanted.size, steps=steps) == wanted
+
+    def _load(self, wanted: EngineConfig) -> None:
+        from ..pipeline.engine import Engine
+
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self._window = None
+        self._noise_model.settle()
+        adapter = self._noise_model.adapter
+        file, scale = (None, None) if adapter is None else (adapter.file, adapter.scale)
+        self._engine = Engine.from_pretrained(self._found.root, file, wanted, lora_scale=scale)
+
+
+def _with_steps(engine: Engine, steps: int) -> Engine:
+    """The same weights with another number of steps."""
+    from ..pipeline.engine import Engine
+
+    assert isinstance(engine.runner, OneDevice)
+    config = dataclasses.replace(engine.config, steps=steps)
+    return Engine(config, OneDevice(config, engine.runner.network, engine.encoders.vae), engine.encoders)
