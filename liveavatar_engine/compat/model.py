@@ -98,7 +98,7 @@ class CausalWanModel_S2V(Network):
         motion_frames: Sequence[int] = (17, 5),
         add_last_motion: int = 2,
         drop_motion_frames: bool = False,
-        kv_cache: Sequence[LayerDict] = (),
+        kv_cache: Sequence[LayerDict] | None = None,
         crossattn_cache: object = None,
         current_start: int = 0,
         current_end: int = 0,
@@ -113,6 +113,7 @@ class CausalWanModel_S2V(Network):
             raise InputError("drop_motion_frames and sequence_current_start: only False and 0 are supported")
         if current_start:
             raise InputError(f"current_start {current_start}: the sink is filled at its base positions, with 0")
+        assert kv_cache is not None
         geometry = self._geometry(x, kv_cache)
         _, sink = self._positions(geometry)
         caches = self._caches(geometry, kv_cache, _only(context, "context"))
@@ -135,11 +136,11 @@ class CausalWanModel_S2V(Network):
         ref_latents: object,
         motion_latents: object,
         cond_states: Tensor | Sequence[Tensor],
-        audio_input: Tensor,
+        audio_input: Tensor | None = None,
         motion_frames: Sequence[int] = (17, 5),
         add_last_motion: int = 2,
         drop_motion_frames: bool = False,
-        kv_cache: Sequence[LayerDict] = (),
+        kv_cache: Sequence[LayerDict] | None = None,
         crossattn_cache: object = None,
         current_start: int = 0,
         current_end: int = 0,
@@ -165,8 +166,11 @@ class CausalWanModel_S2V(Network):
         Returns:
             One tensor like that of `x`, in its dtype.
         """
+        if audio_input is None:
+            raise InputError("audio_input: expected wav2vec2 states, not None")
         if tuple(motion_frames) != (MOTION_FRAMES, MOTION_LATENTS):
             raise InputError(f"motion_frames: expected [{MOTION_FRAMES}, {MOTION_LATENTS}], not {list(motion_frames)}")
+        assert kv_cache is not None
         geometry = self._geometry(x, kv_cache)
         block, within = divmod(current_start, geometry.tokens_per_block)
         if within or current_start < 0:
