@@ -39,15 +39,14 @@ class Backend:
     Args:
         found: the checkpoint.
         noise_model: what to load of its network.
-        text_len: tokens of a prompt, at most.
+        text_len: tokens of a prompt, at most; no more than the network reads.
     """
 
     def __init__(self, found: Checkpoint, noise_model: NoiseModel, text_len: int) -> None:
         if noise_model.param_dtype not in _PRECISIONS:
             raise ConfigError(f"param_dtype must be torch.bfloat16 or torch.float32, not {noise_model.param_dtype}")
-        if text_len > noise_model.config.text_len:
-            raise ConfigError(f"text_len {text_len}: the network reads at most {noise_model.config.text_len} tokens")
-        self._found, self._noise_model, self._text_len = found, noise_model, text_len
+        self._found, self._noise_model = found, noise_model
+        self._text_len = min(text_len, noise_model.config.text_len)
         self._engine: Engine | None = None
         self._wanted: EngineConfig | None = None
         self._window: tuple[int, AudioWindow] | None = None

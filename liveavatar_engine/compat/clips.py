@@ -49,13 +49,13 @@ class ClipMaker:
         self.vae: Vae = engine.encoders.vae
         rows, columns, latents = geometry.latent_height, geometry.latent_width, geometry.frames_per_block
         record_with = recorder(engine.device, runner.graphs)
-        self._decoder = BlockDecoder(self.vae, rows, columns, latents, record_with, torch.float32)
+        self._decoder = BlockDecoder(self.vae, rows, columns, latents, record_with, self.vae.conv2.weight.dtype)
 
     def decode(self, motion: Tensor, latents: Tensor) -> Tensor:
         """Frames of a clip behind motion latents: float32 [3, frames, height, width] in [-1, 1], on the CPU."""
         stream = self._decoder.stream()
         stream.skip(motion)
-        frames = stream.decode(latents).permute(3, 0, 1, 2).clamp(-1, 1).cpu()
+        frames = stream.decode(latents).permute(3, 0, 1, 2).float().clamp(-1, 1).cpu()
         stream.close()
         return frames
 
