@@ -55,7 +55,7 @@ class Inputs:
     def read(
         cls, arguments: Arguments, model: ModelConfig, frames_per_block: int, clips: int | None, *, listens: bool
     ) -> Inputs:
-        """Read everything but the pose video.
+        """Read everything; of a pose video, only whether it can be read.
 
         Args:
             arguments: checked.
@@ -69,6 +69,7 @@ class Inputs:
             ConfigError: the model cannot make pictures of this size.
         """
         from ..media.image import load_image
+        from ..media.video import probe_video
 
         assert arguments.ref_image_path is not None
         assert arguments.input_prompt is not None
@@ -78,6 +79,8 @@ class Inputs:
         geometry = StreamGeometry(model, height, width, frames_per_block, ring_frames)
         pixels = to_pixels(inputs.portrait(picture, Size(width, height, exact=True)))
         speech = [] if listens else read_speech(arguments.audio_path)
+        if arguments.pose_video is not None:
+            probe_video(arguments.pose_video)
         lasting = [clip_count(len(samples), arguments.infer_frames) for samples in speech]
         clips = min([arguments.max_repeat, clips or arguments.max_repeat, *lasting])
         mask = _mask(arguments, geometry, max(1, len(speech)))
