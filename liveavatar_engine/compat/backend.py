@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..conditions.audio_features import Features, WindowedFeatures, window_samples
+from ..conditions.audio_features import ActorFeatures, Features, GlobalFeatures, WindowedFeatures, window_samples
 from ..conditions.audio_window import AudioWindow
 from ..conditions.speech import RecordedSpeech
 from ..config import EngineConfig
 from ..config.engine import REFERENCE_FP8_SKIP
+from ..config.geometry import SPEECH_RATE
 from ..errors import ConfigError
-from ..pipeline import inputs as engine_inputs
 from ..pipeline.device import graphs_absent
 from ..pipeline.one_device import OneDevice
 from ..runtime.graphs import recorder
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from ..pipeline.engine import Engine
 
+_log = logging.getLogger(__name__)
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -82,17 +84,21 @@ class Backend:
         """The prompt's context, [tokens, text_dim]."""
         return engine.encoders.text.context(prompt, self._text_len)
 
-    def spoken(self, engine: Engine, inputs: Inputs) -> Features:
+    def spoken(self, engine: Engine, inputs: Inputs, whole_seconds: float) -> Features:
         """Audio states of recorded speech, to the end of its last clip.
 
-        Up to 60 s are encoded as a whole, as the reference does with any length; longer speech in windows.
+        Up to `whole_seconds` are encoded as a whole, as the reference does with any length; longer speech in windows.
         """
-        columns = inputs.geometry.columns_per_block
-        encoder = engine.encoders.audio
-        recorded = engine_inputs.recorded_features(
-            inputs.speech, encoder, "global", columns, lambda: self._audio_window(engine, columns)
-        )
-        return WholeClips(recorded, inputs.geometry, inputs.clips)
+        columns, encoder = inputs.geometry.columns_per_block, engine.encoders.audio
+        actors: list[Features]
+        if max(map(len, inputs.speech)) <= whole_seconds * SPEECH_RATE:
+            actors = [GlobalFeatures(encoder, samples, columns) for samples in inputs.speech]
+        else:
+            _log.warning("audio longer than %g s: encoded in windows instead of as a whole", whole_seconds)
+            window = self._audio_window(engine, columns)
+            speech = [RecordedSpeech(iter([samples])) for samples in inputs.speech]
+            actors = [WindowedFeatures(encoder, each, columns, window) for each in speech]
+        return WholeClips(ActorFeatures(actors), inputs.geometry, inputs.clips)
 
     def heard(self, engine: Engine, inputs: Inputs, samples: Iterator[np.ndarray]) -> Features:
         """Audio states of samples that come one chunk after the other, [1, layers, dim, columns] a block."""

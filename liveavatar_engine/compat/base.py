@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..conditions.audio_features import GLOBAL_SECONDS, Features
 from ..conditions.pose import PoseStream
 from ..config.geometry import FRAMES_PER_SECOND
 from ..denoise.schedule import TRAIN_TIMESTEPS
@@ -47,10 +48,12 @@ class Pipeline:
         fps: video frames per second.
         sink_distance: "random", or a fixed distance from a block to the reference image (4..30 latent frames). The
             reference draws with Python's `random`; here the draws follow from the seed.
+        whole_speech_seconds: longest recorded speech that wav2vec2 sees as a whole, as the reference does with any.
         observe: called with the number and the latents of every block; None: nobody.
     """
 
     sink_distance: str | int = "random"
+    whole_speech_seconds: float = GLOBAL_SECONDS
     observe: Observer | None = None
 
     def __init__(
@@ -195,6 +198,10 @@ class Pipeline:
         size = inputs.geometry.height, inputs.geometry.width
         offload = arguments.offload_model or self.t5_cpu
         return self._backend.engine(self._backend.settings(layout, arguments.sampling_steps, size, offload=offload))
+
+    def _spoken(self, engine: Engine, inputs: Inputs) -> Features:
+        """Audio states of what was read."""
+        return self._backend.spoken(engine, inputs, self.whole_speech_seconds)
 
     def _any_engine(self) -> Engine:
         """An engine for its encoders: the one at hand, else one with settings that a video may change."""

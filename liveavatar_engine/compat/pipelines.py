@@ -53,7 +53,7 @@ class WanS2V(Pipeline):
             self._maker_for(engine, inputs),
             inputs,
             self._backend.context(engine, inputs.prompt),
-            self._backend.spoken(engine, inputs),
+            self._spoken(engine, inputs),
             self._pose(engine, arguments, inputs),
             distance=self.sink_distance,
             renew=arguments.enable_online_decode,
@@ -115,7 +115,7 @@ class TppWanS2V(_Streaming):
         layout = pipeline_over_job(self.device_id, arguments.num_gpus_dit, arguments.enable_vae_parallel)
         inputs = self._read(arguments, arguments.num_repeat)
         engine = self._engine(layout, arguments, inputs)
-        features = self._backend.spoken(engine, inputs)
+        features = self._spoken(engine, inputs)
         whole = _Whole(inputs)
         for frames in self._stream(engine, inputs, features, self._pose(engine, arguments, inputs), inputs.clips):
             whole.add(frames)
@@ -157,7 +157,7 @@ class BlockwiseWanS2V(_Streaming):
     def _features(self, engine: Engine, inputs: Inputs) -> Features:
         backend, callback = self._backend, self.get_audio_callback
         speech = (
-            backend.spoken(engine, inputs)
+            self._spoken(engine, inputs)
             if callback is None
             else backend.heard(engine, inputs, called_samples(callback))
         )

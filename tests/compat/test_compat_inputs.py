@@ -114,6 +114,19 @@ class TestLiveSpeech:
         assert limited[5].equal(noisy[5])
 
 
+def test_longer_speech_is_encoded_in_windows(pipelines, files: Files, caplog) -> None:
+    pipeline, arguments = pipelines[TppWanS2V], files.arguments(sampling_steps=1, max_repeat=1)
+    whole = _latents(pipeline, arguments)
+    assert "encoded in windows" not in caplog.text
+    pipeline.whole_speech_seconds = 2
+    try:
+        windowed = _latents(pipeline, arguments)
+    finally:
+        del pipeline.whole_speech_seconds
+    assert "audio longer than 2 s: encoded in windows" in caplog.text
+    assert not torch.equal(whole[0], windowed[0])
+
+
 class TestPose:
     @pytest.fixture
     def video(self, tmp_path: Path) -> Path:
