@@ -11,7 +11,7 @@ import torch
 from ..conditions.audio_features import ActorFeatures, Features, GlobalFeatures, WindowedFeatures, window_samples
 from ..conditions.audio_window import AudioWindow
 from ..conditions.speech import RecordedSpeech
-from ..config import EngineConfig
+from ..config import EngineConfig, StreamGeometry
 from ..config.engine import REFERENCE_FP8_SKIP
 from ..config.geometry import SPEECH_RATE
 from ..errors import ConfigError
@@ -19,6 +19,7 @@ from ..pipeline.device import graphs_absent
 from ..pipeline.one_device import OneDevice
 from ..runtime.graphs import recorder
 from ..weights.layout import Checkpoint
+from .clips import ClipMaker
 from .columns import WholeClips
 from .devices import Layout
 from .inputs import Inputs
@@ -52,14 +53,21 @@ class Backend:
         self._engine: Engine | None = None
         self._wanted: EngineConfig | None = None
         self._window: tuple[int, AudioWindow] | None = None
+        self._clips: ClipMaker | None = None
 
     @property
     def loaded(self) -> Engine | None:
         """The engine, if there is one yet."""
         return self._engine
 
-    def settings(self, layout: Layout, steps: int, size: tuple[int, int], *, offload: bool) -> EngineConfig:
-        """The engine's settings for a video of (height, width), with weights as the noise model has them."""
+    def settings(
+        self, layout: Layout, steps: int, size: tuple[int, int], *, offload: bool, sink_distance: str | int
+    ) -> EngineConfig:
+        """The engine's settings for a video of (height, width), with weights as the noise model has them.
+
+        Raises:
+            ConfigError: a setting is out of range.
+        """
         skip = self._noise_model.fp8_skip
         return EngineConfig(
             size=f"{size[1]}x{size[0]}",
@@ -67,6 +75,7 @@ class Backend:
             fp8_skip=REFERENCE_FP8_SKIP if skip is None else skip,
             devices=layout.devices,
             steps=steps,
+            sink_distance=sink_distance,
             offload=("text_encoder",) if offload else (),
         )
 
@@ -75,6 +84,7 @@ class Backend:
         if self._engine is None or not self._serves(self._engine, wanted):
             self._load(wanted)
         elif self._engine.config.steps != wanted.steps:
+            self._clips = None
             self._engine = _with_steps(self._engine, wanted.steps)
         self._wanted = wanted
         assert self._engine is not None
@@ -106,6 +116,13 @@ class Backend:
         window = self._audio_window(engine, columns)
         return WindowedFeatures(engine.encoders.audio, RecordedSpeech(samples), columns, window)
 
+    def clip_maker(self, engine: Engine, geometry: StreamGeometry) -> ClipMaker:
+        """The single-GPU pipeline's buffers; kept for the geometry used last."""
+        if self._clips is None or self._clips.geometry != geometry:
+            self._clips = None
+            self._clips = ClipMaker(engine, geometry)
+        return self._clips
+
     def _audio_window(self, engine: Engine, columns: int) -> AudioWindow:
         if self._window is None or self._window[0] != columns:
             record_with = recorder(engine.device, engine.config.graphs and graphs_absent(engine.device) is None)
@@ -117,18 +134,19 @@ class Backend:
         """Whether the weights as they are loaded serve these settings, too; their places depend on nothing else."""
         assert self._wanted is not None
         steps = wanted.steps if isinstance(engine.runner, OneDevice) else self._wanted.steps
-        return dataclasses.replace(self._wanted, size=wanted.size, steps=steps) == wanted
+        free = dataclasses.replace(self._wanted, size=wanted.size, steps=steps, sink_distance=wanted.sink_distance)
+        return free == wanted
 
     def _load(self, wanted: EngineConfig) -> None:
         from ..pipeline.engine import Engine
 
         if self._engine is not None:
             self._engine.close()
-        self._engine = self._window = None
-        self._noise_model.settle()
+        self._engine = self._window = self._clips = None
         adapter = self._noise_model.adapter
         file, scale = (None, None) if adapter is None else (adapter.file, adapter.scale)
         self._engine = Engine.from_pretrained(self._found.root, file, wanted, lora_scale=scale)
+        self._noise_model.settle()
 
 
 def _with_steps(engine: Engine, steps: int) -> Engine:

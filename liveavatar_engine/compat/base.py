@@ -197,7 +197,9 @@ class Pipeline:
     def _engine(self, layout: Layout, arguments: Arguments, inputs: Inputs) -> Engine:
         size = inputs.geometry.height, inputs.geometry.width
         offload = arguments.offload_model or self.t5_cpu
-        return self._backend.engine(self._backend.settings(layout, arguments.sampling_steps, size, offload=offload))
+        distance = self.sink_distance
+        wanted = self._backend.settings(layout, arguments.sampling_steps, size, offload=offload, sink_distance=distance)
+        return self._backend.engine(wanted)
 
     def _spoken(self, engine: Engine, inputs: Inputs) -> Features:
         """Audio states of what was read."""
@@ -208,7 +210,9 @@ class Pipeline:
         if self._backend.loaded is not None:
             return self._backend.loaded
         layout = one_device(self.device_id, self.rank)
-        return self._backend.engine(self._backend.settings(layout, _ANY_STEPS, _ANY_SIDES, offload=True))
+        distance = self.sink_distance
+        wanted = self._backend.settings(layout, _ANY_STEPS, _ANY_SIDES, offload=True, sink_distance=distance)
+        return self._backend.engine(wanted)
 
     def _pose(
         self, engine: Engine, arguments: Arguments, inputs: Inputs, kind: type[PoseStream] = PoseStream

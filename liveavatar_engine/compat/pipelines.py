@@ -14,6 +14,7 @@ from ..conditions.pose import PoseStream
 from ..conditions.still import MOTION_SOURCE_FRAMES, REFERENCE_FRAMES, still_conditions
 from ..config.geometry import LATENT_FRAME_STRIDE
 from ..denoise.stream import Conditions, SinkPolicy
+from ..errors import ConfigError
 from ..model.network import MOTION_FRAMES
 from ..pipeline.engine import Engine
 from ..pipeline.production import PORTRAIT_FRAMES
@@ -21,7 +22,7 @@ from ..pipeline.runner import StreamOrder
 from ..pipeline.session import Session
 from .arguments import Arguments, BlockwiseArguments, TppArguments, taking
 from .base import Pipeline
-from .clips import ClipMaker, ClipVideo
+from .clips import ClipVideo
 from .columns import NoiseFirst, called_samples
 from .devices import Layout, one_device, pipeline_over_job
 from .inputs import Inputs
@@ -33,8 +34,6 @@ class WanS2V(Pipeline):
     The reference image stays in the sink, unless `enable_online_decode` renews it, and the motion with it, after the
     first clip.
     """
-
-    _maker: ClipMaker | None = None
 
     @taking(Arguments)
     def generate(self, arguments: Arguments) -> tuple[Tensor | None, dict[str, Any]]:
@@ -50,7 +49,7 @@ class WanS2V(Pipeline):
         inputs = self._read(arguments, arguments.num_repeat)
         engine = self._engine(one_device(self.device_id, self.rank), arguments, inputs)
         video = ClipVideo(
-            self._maker_for(engine, inputs),
+            self._backend.clip_maker(engine, inputs.geometry),
             inputs,
             self._backend.context(engine, inputs.prompt),
             self._spoken(engine, inputs),
@@ -66,13 +65,6 @@ class WanS2V(Pipeline):
         finally:
             video.close()
         return whole.video if self.rank == 0 else None, {}
-
-    def _maker_for(self, engine: Engine, inputs: Inputs) -> ClipMaker:
-        maker = self._maker
-        if maker is None or maker.engine is not engine or maker.geometry != inputs.geometry:
-            self._maker = None
-            self._maker = maker = ClipMaker(engine, inputs.geometry)
-        return maker
 
 
 class _Streaming(Pipeline):
@@ -143,6 +135,8 @@ class BlockwiseWanS2V(_Streaming):
         Yields:
             float32 [1, 3, frames, height, width] in [-1, 1], on the CPU: 9 frames at first, then 12.
         """
+        if not isinstance(self.noise_clips, int) or self.noise_clips < 0:
+            raise ConfigError(f"noise_clips must be an integer, at least 0, not {self.noise_clips!r}")
         layout = pipeline_over_job(self.device_id, arguments.num_gpus_dit, arguments.enable_vae_parallel)
         inputs = self._read(arguments, None, listens=self.get_audio_callback is not None)
         return self._chunks(layout, arguments, inputs)

@@ -74,6 +74,15 @@ def test_a_live_pipeline_refuses_at_the_call(checkpoint: Path, files: Files) -> 
         BlockwiseWanS2V(reference_config(), checkpoint).generate(**files.arguments(infer_frames=80))
 
 
+@pytest.mark.parametrize(("name", "value"), [("sink_distance", 99), ("sink_distance", "far"), ("noise_clips", -1)])
+def test_attributes(name: str, value: object, checkpoint: Path, files: Files) -> None:
+    pipeline = BlockwiseWanS2V(reference_config(), checkpoint)
+    setattr(pipeline, name, value)
+    with pytest.raises(ConfigError, match=f"{name} must be"):
+        list(pipeline.generate(**files.arguments()))
+    assert pipeline._backend.loaded is None
+
+
 def test_unknown_arguments(pipeline: WanS2V) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         pipeline.generate(colour="blue")

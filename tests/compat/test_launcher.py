@@ -162,3 +162,9 @@ def test_a_script_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
         main(["nowhere.py"])
     assert exit_.value.code == 2
     assert "nowhere.py: no such file" in capsys.readouterr().err
+
+
+def test_a_strange_job(run: _Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert main(run.flags) == 2
+    assert "WORLD_SIZE must be a number of processes, not 'many'" in capsys.readouterr().err
