@@ -32,9 +32,9 @@ from rich.text import Text
 
 from bench import ledger
 from liveavatar_engine.bench.environment import UNKNOWN
-from liveavatar_engine.bench.files import write_atomically
 from liveavatar_engine.bench.schema import validate
 from liveavatar_engine.errors import ConfigError, InputError, LiveAvatarError, OutputError
+from liveavatar_engine.files import write_atomically
 from liveavatar_engine.weights.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]

@@ -16,9 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
-from liveavatar_engine.bench.files import write_atomically
 from liveavatar_engine.bench.results import MEASURED
 from liveavatar_engine.errors import InputError, LiveAvatarError
+from liveavatar_engine.files import write_atomically
 
 FOLDER = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"

@@ -29,5 +29,19 @@ class SessionError(LiveAvatarError):
     """A session was used in a way its state does not allow."""
 
 
+class WorkerError(LiveAvatarError):
+    """A worker process of a pipeline has died, hangs or cannot go on.
+
+    Attributes:
+        rank: which one; None: none in particular.
+        stage: what it did, such as "step 2".
+        block: that it was at; None: at none.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, stage: str = "", block: int | None = None) -> None:
+        super().__init__(message)
+        self.rank, self.stage, self.block = rank, stage, block
+
+
 class DeviceMemoryError(LiveAvatarError):
     """A device, or the host, has too little memory free for what is asked of it."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support import CPU, GOLDEN, OWN_GOLDEN
-from torch import Tensor
+from support import CPU, GOLDEN, OWN_GOLDEN, poison
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it when it defines a kernel
@@ -33,17 +31,7 @@ def real_constructors() -> None:
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make uninitialised memory hold NaN, so that nothing that was never written can be read unnoticed."""
-
-    def poisoned(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def make(*args: Any, **kwargs: Any) -> Tensor:
-            out = real(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() and not out.is_meta else out
-
-        return make
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+    poison(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ STEPS = 3
 
 
 class Streams:
-    """Streams of one executor with inputs drawn from seeds."""
+    """Streams of one executor, of `size` pixels (height and width), with inputs drawn from seeds."""
 
     def __init__(
         self,
@@ -26,10 +26,11 @@ class Streams:
         steps: int = STEPS,
         clean: bool = False,
         part: range | None = None,
+        size: tuple[int, int] = (64, 80),
         **settings,
     ):
         self.network = network
-        self.geometry = StreamGeometry(network.config, 64, 80)
+        self.geometry = StreamGeometry(network.config, *size)
         denoiser = Denoiser(network, flow_match_schedule(steps), clean_pass=clean, part=part)
         self.executor = StepExecutor(denoiser, self.geometry, sessions=sessions, **settings)
 

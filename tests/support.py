@@ -6,6 +6,7 @@ import json
 import math
 import os
 import wave
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -72,6 +73,20 @@ def sqnr(actual: Tensor, expected: Tensor) -> float:
 def bits(tensor: Tensor) -> Tensor:
     """The tensor's bytes, in which NaN equals itself."""
     return tensor.contiguous().view(torch.uint8)
+
+
+def poison(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Let memory that torch leaves uninitialised hold NaN from now on."""
+
+    def poisoned(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def make(*args: Any, **kwargs: Any) -> Tensor:
+            out = real(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() and not out.is_meta else out
+
+        return make
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        set_attribute(owner, name, poisoned(getattr(owner, name)))
 
 
 def write_wav(path: Path, samples: np.ndarray) -> Path:

@@ -10,16 +10,33 @@ KERNEL_FAMILIES = ("reference", "triton", "cuda")
 
 
 @dataclass(frozen=True)
+class Torchrun:
+    """What torchrun tells each process of a job.
+
+    Attributes:
+        rank: `RANK`.
+        world_size: `WORLD_SIZE`.
+        local_world_size: `LOCAL_WORLD_SIZE`, processes of this node.
+        master: `MASTER_ADDR` and `MASTER_PORT`, where the job's store is.
+    """
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    master: tuple[str, int]
+
+
+@dataclass(frozen=True)
 class Environment:
     """Settings from the environment.
 
     Attributes:
         kernels: `LIVEAVATAR_KERNELS`, the implementation that ops prefer where they have it; None: each op's own order.
-        world_size: `WORLD_SIZE`, processes of the job that torchrun has started this one in; None: it has not.
+        torchrun: the job that this process is part of, if torchrun has started it.
     """
 
     kernels: str | None = None
-    world_size: int | None = None
+    torchrun: Torchrun | None = None
 
     @classmethod
     def read(cls, variables: Mapping[str, str] = os.environ) -> Environment:
@@ -31,7 +48,15 @@ class Environment:
         kernels = variables.get("LIVEAVATAR_KERNELS") or None
         if kernels is not None and kernels not in KERNEL_FAMILIES:
             raise ValueError(f"LIVEAVATAR_KERNELS must be one of {', '.join(KERNEL_FAMILIES)}, not {kernels!r}")
-        world_size = variables.get("WORLD_SIZE") or None
-        if world_size is not None and not (world_size.isdecimal() and int(world_size)):
-            raise ValueError(f"WORLD_SIZE must be a number of processes, not {world_size!r}")
-        return cls(kernels, None if world_size is None else int(world_size))
+        return cls(kernels, _torchrun(variables))
+
+
+def _torchrun(variables: Mapping[str, str]) -> Torchrun | None:
+    if "TORCHELASTIC_RUN_ID" not in variables:
+        return None
+    names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    for name in names:
+        if not variables.get(name, "").isdigit():
+            raise ValueError(f"{name}: torchrun sets it to a number, not to {variables.get(name)!r}")
+    rank, world_size, local_world_size, port = (int(variables[name]) for name in names)
+    return Torchrun(rank, world_size, local_world_size, (variables.get("MASTER_ADDR", "127.0.0.1"), port))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..errors import ConfigError
 from ..pipeline.device import resolve_precision
 from ..pipeline.engine import Encoders, Engine
 from ..pipeline.one_device import OneDevice
@@ -74,6 +75,9 @@ class Bench:
             DeviceMemoryError: the device is too small.
         """
         config = settings.engine_config(**changes)
+        if settings.checkpoint is None and len(config.devices) > 1 and not isinstance(config.devices, str):
+            count = len(config.devices)
+            raise ConfigError(f"random weights are made on one device, not on {count}; several need a checkpoint")
         started = time.perf_counter()
         if settings.checkpoint is not None:
             self.forget()

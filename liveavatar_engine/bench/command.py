@@ -15,14 +15,14 @@ from rich.console import Console
 from ..config import EngineConfig
 from ..config.engine import PRECISIONS
 from ..errors import ConfigError, LiveAvatarError
+from ..files import check_writable, write_atomically
 from ..pipeline.device import resolve_device
 from ..weights.presets import PRESETS
-from . import html, screen
+from . import html, screen, tpp
 from .bench import Bench
 from .compare import suite as compare
 from .compare.report import SUITE as COMPARE
 from .environment import describe
-from .files import check_writable, write_atomically
 from .kernels import suite as kernels
 from .results import Report
 from .runner import SUITES, Plan, exit_code, run_plan
@@ -42,6 +42,7 @@ suites:
   ablation   the paper's Tables 3 and 6 for this machine
   all        all of these (the default)
   compare    the reference's own code beside the engine: docs/compare.md
+  tpp        a pipeline over several devices; --simulate predicts it from its stages' costs
 """
 _EXAMPLES = """examples:
   python -m liveavatar_engine.bench                                         everything; 14B random weights on a GPU
@@ -50,6 +51,7 @@ _EXAMPLES = """examples:
   python -m liveavatar_engine.bench step --sweep size=704x384,720x400 precision=bf16,fp8 --html sweep.html
   python -m liveavatar_engine.bench all --preset tiny --size 64x64 --device cpu --blocks 3 --warmup 1
   python -m liveavatar_engine.bench kernels --op ring_attention --filter "3375 tokens"
+  python -m liveavatar_engine.bench tpp --simulate --step-ms 110 --vae-ms 60 --devices 5 --html pipeline.html
 
 --sweep takes KEY=VALUE[,VALUE...] as often as you like, with spaces or commas in between; every combination is run.
 Keys: size, precision, kv_precision, steps, schedule, kv_mode, graphs (on, off), motion_tokens (on, off), preset.
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    for path in (options.json, options.html):
+    for path in (options.json, options.html, options.trace):
         if path is not None:
             check_writable(path)
     device = resolve_device(EngineConfig(devices=options.device).devices)
@@ -110,7 +112,8 @@ def _plan(options: argparse.Namespace, device: torch.device) -> Plan:
     )
     points = tuple(point for one in base for point in sweep_points(one, sweep))
     isolated = options.suite == "all" or len(points) > 1
-    return Plan(suites, points, kernel_options, compare.CompareOptions.of(options), isolated)
+    tpp_options = tpp.TppOptions.of(options) if options.suite == tpp.SUITE else None
+    return Plan(suites, points, kernel_options, compare.CompareOptions.of(options), isolated, tpp_options)
 
 
 def _settings(options: argparse.Namespace, device: torch.device, presets: Sequence[str] | None) -> list[Settings]:
@@ -149,16 +152,19 @@ def _text(path: Path | None) -> str | None:
 
 
 def _check_belongings(options: argparse.Namespace) -> None:
-    """Refuse options of the suites `kernels` and `compare` where these do not run alone."""
+    """Refuse options of the suites `kernels`, `compare` and `tpp` where these do not run alone."""
     if (options.suite == COMPARE) != (options.reference is not None):
         raise ConfigError(
             "compare needs --reference DIR, a checkout of the reference"
             if options.reference is None
             else f"--reference belongs to the suite compare, not to {options.suite}"
         )
+    if options.suite != tpp.SUITE:
+        tpp.check_unused(options)
+    if options.suite in (kernels.SUITE, tpp.SUITE) and options.sweep:
+        own = "sizes, those of the 14B model" if options.suite == kernels.SUITE else "options: --devices and costs"
+        raise ConfigError(f"--sweep: the suite {options.suite} has its own {own}")
     if options.suite == kernels.SUITE:
-        if options.sweep:
-            raise ConfigError("--sweep: the suite kernels has its own sizes, those of the 14B model")
         return
     given = [name for name in ("op", "filter", "implementations", "choose") if getattr(options, name)]
     if given:
@@ -172,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    suites = (*SUITES, COMPARE, "all")
+    suites = (*SUITES, COMPARE, tpp.SUITE, "all")
     parser.add_argument("suite", nargs="?", default="all", choices=suites, metavar="SUITE", help=", ".join(suites))
     _add_model(parser)
     _add_engine(parser)
@@ -193,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     only.add_argument("--quick", action="store_true", help="one picture size, fewer repeats: under two minutes")
     only.add_argument("--choose", action="store_true", help="write fp8_linear/choices.json from what was measured")
     compare.add_arguments(parser)
+    tpp.add_arguments(parser)
     return parser
 
 

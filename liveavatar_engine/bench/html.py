@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
-from . import ablation, plots, step, stream, vae, work
+from . import ablation, plots, step, stream, tpp, vae, work
 from .compare import report as compare
 from .kernels import suite as kernels
 from .kernels.rows import MEASURED as ROW_MEASURED
 from .kernels.rows import fastest
 from .labels import labels
 from .plots import Bar, Segment
-from .results import MEASURED, Figure, Report, Run, Series, Stage
+from .results import SIMULATED, Figure, Report, Run, Series, Stage
 from .screen import CPU_NOTE, STAGE_HEADINGS, maybe, number, stage_lines
 from .stages import ONCE_PER_BLOCK
 from .style import STYLE
@@ -54,7 +54,7 @@ def render(report: Report) -> str:
 def _body(report: Report) -> Iterator[str]:
     environment = report.environment
     yield f"<h1>liveavatar-engine on {escape(environment.device)}</h1>"
-    if environment.device_kind == "cpu":
+    if environment.device_kind == "cpu" and report.measured:
         yield f'<p class="warning">{escape(CPU_NOTE)}</p>'
     if not report.complete:
         yield '<p class="warning">Not finished: this holds what was measured until now.</p>'
@@ -91,7 +91,7 @@ def _conditions(report: Report) -> str:
 
 def _suite(suite: str, runs: Sequence[Run]) -> Iterator[str]:
     names = labels(runs)
-    found = {name: run for name, run in zip(names, runs, strict=True) if run.status == MEASURED}
+    found = {name: run for name, run in zip(names, runs, strict=True) if run.has_figures}
     if found and suite != ablation.SUITE:
         yield _figures(found)
     if len(found) > 1:
@@ -101,10 +101,11 @@ def _suite(suite: str, runs: Sequence[Run]) -> Iterator[str]:
     for name, run in found.items():
         yield from _details(name, run)
     for name, run in zip(names, runs, strict=True):
-        if run.status != MEASURED:
+        if not run.has_figures:
             yield f'<p class="warning">{escape(f"{name}: {run.status}: {run.reason}")}</p>'
             continue
-        sentences = [f"left out: {run.warm_up}", *run.notes]
+        told = "simulated, nothing was measured" if run.status == SIMULATED else f"left out: {run.warm_up}"
+        sentences = [told, *run.notes]
         notes = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
         problems = "".join(f'<li class="warning">{escape(problem)}</li>' for problem in run.problems)
         yield f'<h3>{escape(name)}: notes</h3><ul class="notes">{notes}{problems}</ul>'
@@ -160,6 +161,8 @@ def _details(name: str, run: Run) -> Iterator[str]:
         yield from _kernels(run)
     if run.suite == compare.SUITE:
         yield from _comparison(name, run)
+    if run.suite == tpp.SUITE:
+        yield f"<figure><figcaption>{escape(tpp.CAPTION)}: {escape(name)}</figcaption>{tpp.timeline(run)}</figure>"
 
 
 def _block_times(name: str, series: Series) -> str:

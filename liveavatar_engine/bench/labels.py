@@ -7,12 +7,12 @@ from typing import Any
 
 from .results import Run
 
-_SHOWN_ALONE = ("preset", "size", "precision")
+_SHOWN_ALONE = ("preset", "size", "precision", "simulated", "devices")
 _HIDDEN = ("blocks", "warm_up", "seed", "device")
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """One name per run: the settings that differ among them; preset, size and precision of a single one."""
+    """One name per run: the settings that differ among them; for a single one, what matters most."""
     keys = list(dict.fromkeys(key for run in runs for key in run.settings if key not in _HIDDEN))
     varied = [key for key in keys if len({str(run.settings.get(key)) for run in runs}) > 1]
     chosen = varied or [key for key in keys if key in _SHOWN_ALONE]
@@ -20,11 +20,15 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _told(key: str, value: Any) -> str:
+    if key == "simulated":
+        return "simulated" if value else "measured"
     if isinstance(value, bool):
         return f"{key.replace('_', ' ')} {'on' if value else 'off'}"
     match key:
         case "steps":
             return f"{value} steps"
+        case "devices":
+            return f"{value} devices"
         case "kv_precision":
             return f"kv {value}"
         case "kv_mode":

@@ -36,6 +36,24 @@ class Bar:
     mark: float | None = None
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a row of a timeline.
+
+    Attributes:
+        start, end: on the axis.
+        style: a class of the style sheet.
+        told: what it is, when pointed at.
+        inside: a short text within it, where there is room.
+    """
+
+    start: float
+    end: float
+    style: str
+    told: str
+    inside: str = ""
+
+
 def stacked_bars(bars: Sequence[Bar], unit: str, axis: str, mark: str) -> str:
     """Horizontal bars on one axis; `mark` says what the marks across them are."""
     most = max([sum(s.value for s in bar.segments) for bar in bars] + [bar.mark or 0.0 for bar in bars])
@@ -91,6 +109,24 @@ def bars(values: Mapping[str, float], unit: str, axis: str, line: float | None =
         x = left + scale.at(line)
         parts.append(f'<line x1="{x:.1f}" y1="{_TOP - 6}" x2="{x:.1f}" y2="{height - _GAP + 6}" class="deadline"/>')
     return _svg(height + _AXIS, axis, [*parts, *told])
+
+
+def timeline(rows: Mapping[str, Sequence[Piece]], unit: str, axis: str) -> str:
+    """Rows of pieces on one axis from zero, one bar for each piece."""
+    left = _room(list(rows))
+    scale = _Scale.of(max((piece.end for row in rows.values() for piece in row), default=0.0), WIDTH - left - _RIGHT)
+    height = _TOP + len(rows) * (_BAR + _GAP)
+    parts = [_x_axis(left, scale, height, f"{axis} ({unit})")]
+    for number, (name, row) in enumerate(rows.items()):
+        top = _TOP + number * (_BAR + _GAP)
+        parts.append(_text(left - 8, top + _BAR / 2 + 4, name, "end", left))
+        for piece in row:
+            x, wide = left + scale.at(piece.start), scale.at(piece.end) - scale.at(piece.start)
+            place = f'x="{x:.2f}" y="{top}" width="{wide:.2f}" height="{_BAR}"'
+            parts.append(f'<rect {place} class="{piece.style}"><title>{escape(piece.told)}</title></rect>')
+            if piece.inside and wide > _CHARACTER * len(piece.inside) + 4:
+                parts.append(_text(x + wide / 2, top + _BAR / 2 + 4, piece.inside, "middle", style="inside"))
+    return _svg(height + _AXIS, axis, parts)
 
 
 def over_time(values: Sequence[float], unit: str, axis: str, lines: Mapping[str, tuple[float, str]]) -> str:
@@ -182,7 +218,7 @@ def _room(names: Sequence[str]) -> float:
 
 def _text(x: float, y: float, text: str, anchor: str, room: float | None = None, style: str = "") -> str:
     """A label; one that does not fit into `room` is cut, and told whole when pointed at."""
-    most = len(text) if room is None else int((room - 16) / _CHARACTER)
+    most = len(text) if room is None else int((room - 16) / _CHARACTER + 1e-6)
     shown = text if len(text) <= most else f"{text[: most - 1]}…"
     whole = "" if shown == text else f"<title>{escape(text)}</title>"
     kind = f" class={quoteattr(style)}" if style else ""

@@ -14,8 +14,8 @@ from .kernels.rows import Limits
 from .kernels.timing import Ceilings
 
 SCHEMA, VERSION = "liveavatar_engine.bench", 1
-MEASURED, NOT_RUN, FAILED = "measured", "not run", "failed"
-"""What became of a run; only a MEASURED one has figures."""
+MEASURED, SIMULATED, NOT_RUN, FAILED = "measured", "simulated", "not run", "failed"
+"""What became of a run; only a MEASURED or SIMULATED one has figures, and those of the latter are predictions."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Run:
     Attributes:
         suite: its name.
         settings: of the point, as they were asked for and as they came out.
-        status: one of those above; `reason` says why it is not MEASURED.
+        status: one of those above; `reason` says why it has no figures.
         seconds: that the run took.
         warm_up: what was left out of the figures.
         figures, series, stages: as above.
@@ -117,6 +117,11 @@ class Run:
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
+    @property
+    def has_figures(self) -> bool:
+        """Whether something came of it."""
+        return self.status in (MEASURED, SIMULATED)
+
     def figure(self, name: str) -> float | None:
         """The value of a figure; None where it has none."""
         return next((figure.value for figure in self.figures if figure.name == name), None)
@@ -137,6 +142,11 @@ class Report:
     limits: Limits | None
     runs: tuple[Run, ...] = field(default=())
     complete: bool = True
+
+    @property
+    def measured(self) -> bool:
+        """Whether anything stands in it that a device has done."""
+        return any(run.status != SIMULATED for run in self.runs)
 
     def as_json(self) -> str:
         """The document, `schema.validate` has no complaint about it."""

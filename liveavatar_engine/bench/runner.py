@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import LiveAvatarError
-from . import ablation, step, stream, vae
+from . import ablation, step, stream, tpp, vae
 from .bench import Bench
 from .compare import suite as compare
 from .compare.report import SUITE as COMPARE
@@ -32,9 +32,9 @@ class Plan:
     """What to run.
 
     Attributes:
-        suites: of SUITES, or that of comparing with the reference.
-        points: of the sweep, one or more; the suite `kernels` has none.
-        kernel_options, compare_options: of these suites.
+        suites: of SUITES, or that of comparing with the reference, or that of pipelines.
+        points: of the sweep, one or more; the suites `kernels` and `tpp` have none.
+        kernel_options, compare_options, tpp_options: of these suites.
         isolated: whether a suite that cannot run, or fails, becomes a run that says so; otherwise it raises.
     """
 
@@ -43,10 +43,11 @@ class Plan:
     kernel_options: kernels.KernelOptions
     compare_options: compare.CompareOptions | None
     isolated: bool
+    tpp_options: tpp.TppOptions | None = None
 
     @property
     def runs(self) -> int:
-        return sum(1 if suite == kernels.SUITE else len(self.points) for suite in self.suites)
+        return sum(1 if suite in (kernels.SUITE, tpp.SUITE) else len(self.points) for suite in self.suites)
 
 
 def run_plan(plan: Plan, bench: Bench, save: Save) -> Report:
@@ -83,6 +84,8 @@ def _jobs(
     """Suite, settings and function of every run; points in the outer loop, so that weights are made once for each."""
     if kernels.SUITE in plan.suites:
         yield kernels.SUITE, {}, lambda: kernels.measure(plan.kernel_options, bench, progress)
+    if plan.tpp_options is not None:
+        yield tpp.SUITE, plan.tpp_options.as_dict(), partial(tpp.measure, plan.tpp_options, bench)
     for point in plan.points:
         for name in plan.suites:
             if name in _BY_POINT:

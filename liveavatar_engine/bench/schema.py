@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .results import FAILED, MEASURED, NOT_RUN, SCHEMA, VERSION
+from .results import FAILED, MEASURED, NOT_RUN, SCHEMA, SIMULATED, VERSION
 
 Check = Callable[[str, Any], list[str]]
 """Complaints about the value at a place of the document."""
@@ -110,7 +110,7 @@ _RUN_FIELDS = _fields(
     {
         "suite": _TEXT,
         "settings": _OBJECT,
-        "status": _exactly(MEASURED, NOT_RUN, FAILED),
+        "status": _exactly(MEASURED, SIMULATED, NOT_RUN, FAILED),
         "reason": _TEXT_OR_NONE,
         "seconds": _NUMBER,
         "warm_up": _TEXT,
@@ -128,8 +128,8 @@ def _run(place: str, value: Any) -> list[str]:
     complaints = _RUN_FIELDS(place, value)
     if complaints:
         return complaints
-    if value["status"] == MEASURED:
-        return [] if value["reason"] is None else [f"{place}.reason: a run that was measured has none"]
+    if value["status"] in (MEASURED, SIMULATED):
+        return [] if value["reason"] is None else [f"{place}.reason: a run that was {value['status']} has none"]
     if not value["reason"]:
         complaints.append(f"{place}.reason: missing, the run was {value['status']}")
     return complaints

@@ -10,13 +10,13 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from . import ablation, step
+from . import ablation, step, tpp
 from .compare import report as compare
 from .kernels import report as kernel_tables
 from .kernels import suite as kernels
 from .kernels import targets
 from .labels import labels
-from .results import FAILED, MEASURED, Figure, Report, Run, Stage
+from .results import FAILED, SIMULATED, Figure, Report, Run, Stage
 
 _WIDTH = 180
 """Columns where the report does not go to a terminal."""
@@ -38,7 +38,7 @@ def parts(report: Report) -> Iterator[RenderableType]:
     for suite in dict.fromkeys(run.suite for run in report.runs):
         runs = [run for run in report.runs if run.suite == suite]
         names = labels(runs)
-        found = [(name, run) for name, run in zip(names, runs, strict=True) if run.status == MEASURED]
+        found = [(name, run) for name, run in zip(names, runs, strict=True) if run.has_figures]
         if found and suite != ablation.SUITE:
             yield _figures(suite, [name for name, _ in found], [run for _, run in found])
         for name, run in found:
@@ -46,7 +46,7 @@ def parts(report: Report) -> Iterator[RenderableType]:
         for name, run in zip(names, runs, strict=True):
             yield from _remarks(suite, name, run)
     environment = report.environment
-    if environment.device_kind == "cpu":
+    if environment.device_kind == "cpu" and report.measured:
         yield Text(CPU_NOTE, style="yellow")
     commit = environment.commit + (" with changes" if environment.dirty else "")
     yield Text(f"{environment.label}\ncommit {commit}; {environment.date}; {environment.command}", style="dim")
@@ -92,6 +92,8 @@ def _details(name: str, run: Run) -> Iterator[RenderableType]:
         yield _stages(name, run.stages)
     if run.suite == compare.SUITE and run.rows:
         yield compare.stand_in_table(run)
+    if run.suite == tpp.SUITE:
+        yield from tpp.text_timeline(run)
     if run.suite == ablation.SUITE:
         yield _ablation(name, run.rows)
         yield from (Text(f"  {row['name']}: {row['reason']}", style="yellow") for row in run.rows if row["reason"])
@@ -144,11 +146,12 @@ def _ablation(name: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _remarks(suite: str, name: str, run: Run) -> Iterator[Text]:
-    if run.status != MEASURED:
+    if not run.has_figures:
         style = "red" if run.status == FAILED else "yellow"
         yield Text(f"{suite}, {name}: {run.status}: {run.reason}", style=style)
         return
-    yield Text(f"{suite}, {name}: left out: {run.warm_up}; {run.seconds:.1f} s", style="dim")
+    told = "simulated, nothing was measured" if run.status == SIMULATED else f"left out: {run.warm_up}"
+    yield Text(f"{suite}, {name}: {told}; {run.seconds:.1f} s", style="dim")
     for note in run.notes:
         yield Text(f"  {note}", style="dim")
     for problem in run.problems:

@@ -36,5 +36,11 @@ svg rect { stroke: var(--page); stroke-width: 1; }
 .attention2 { fill: #c2703d; background: #c2703d; } .audio0 { fill: #2c7a4b; background: #2c7a4b; }
 .audio1 { fill: #4c9464; background: #4c9464; } .norm0 { fill: #6d4599; background: #6d4599; }
 .norm1 { fill: #97569f; background: #97569f; } .other0 { fill: #4d5b66; background: #4d5b66; }
+.turn0 { fill: #1f5fa8; background: #1f5fa8; } .turn1 { fill: #b3541e; background: #b3541e; }
+.turn2 { fill: #2c7a4b; background: #2c7a4b; } .turn3 { fill: #6d4599; background: #6d4599; }
+.turn4 { fill: #2b6e86; background: #2b6e86; } .turn5 { fill: #8a5a12; background: #8a5a12; }
+.prefill { fill: #4d5b66; background: #4d5b66; }
+.bubble { fill: none; background: none; stroke: var(--deadline); stroke-dasharray: 3 3; }
+svg rect.bubble { stroke: var(--deadline); }
 .other1 { fill: #6b7a85; background: #6b7a85; } .other2 { fill: #8b969e; background: #8b969e; }
 """

@@ -1,4 +1,4 @@
-"""`inspect`: what is in a checkpoint, the memory it needs, what FP8 would cost it, and this machine's kernels."""
+"""`inspect`: a checkpoint's parts, memory and losses in FP8; this machine's kernels; the layout of several devices."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from ..bench.layout import add_cost_arguments
 from ..config import EngineConfig
 from ..config.engine import PRECISIONS
 from ..errors import CheckpointError, InputError
+from .inspect_devices import show_devices
 from .inspect_kernels import show_kernels
 from .inspect_precision import show_precision
 from .settings import FP8_SKIP_HELP, OFFLOAD_HELP, fp8_skip, offload
@@ -30,10 +32,15 @@ _EXAMPLES = """examples:
   liveavatar-engine inspect ckpt/Wan2.2-S2V-14B
   liveavatar-engine inspect ckpt/Wan2.2-S2V-14B --size 720x400 --precision fp8 --sessions 2
   liveavatar-engine inspect --kernels
+  liveavatar-engine inspect --devices 5
+  liveavatar-engine inspect --devices 5 --sequence-parallel 2 --step-ms 110 --vae-ms 60
+  liveavatar-engine inspect --devices cuda:0,cuda:1,cuda:2 --costs results.json
   liveavatar-engine inspect ckpt/Wan2.2-S2V-14B --precision --image face.jpg --audio speech.wav --json losses.json
 
---kernels shows what can compute each op on this machine, and why the rest cannot. --precision without a value runs
-the network and shows the signal to noise that every linear layer would have in FP8: what --fp8-skip is chosen by.
+--kernels shows what can compute each op on this machine, and why the rest cannot. --devices shows which of several
+devices would do which denoise steps, and the speed that follows from what a step and a decode cost. --precision without
+a value runs the network and shows the signal to noise that every linear layer would have in FP8: what --fp8-skip is
+chosen by.
 Without these, only file headers of the network are read. An area (W*H) is taken for a 16:9 picture.
 The exit code is 0 when an engine can load the checkpoint, 1 when not.
 """
@@ -71,6 +78,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--schedule", choices=("sequential", "diagonal"), default="sequential", help="of the steps")
     parser.add_argument("--kv-mode", choices=("timestep", "clean"), default="timestep", help="of the rings")
     parser.add_argument("--offload", metavar="PART[,PART...]", help=OFFLOAD_HELP)
+    layout = parser.add_argument_group("the layout of several devices")
+    layout.add_argument("--devices", metavar="N|A,B...", help="how many GPUs, or which; DIR is not needed")
+    layout.add_argument("--sequence-parallel", type=int, default=1, metavar="K", help="that share a step (default 1)")
+    add_cost_arguments(layout)
     report = parser.add_argument_group("for the report of --precision")
     report.add_argument("--lora", type=Path, metavar="FILE", help="LoRA adapter to merge (safetensors)")
     report.add_argument("--image", type=Path, metavar="F", help="portrait (default: a synthetic one)")
@@ -86,10 +97,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.kernels:
         show_kernels(console)
         return 0
+    if arguments.devices is not None:
+        show_devices(arguments, console)
+        return 0
+    for name in ("step_ms", "vae_ms", "transfer_ms", "costs"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"inspect: --{name.replace('_', '-')} belongs to --devices")
     if arguments.folder is None and arguments.precision is not None and Path(arguments.precision).is_dir():
         arguments.folder, arguments.precision = Path(arguments.precision), _REPORT  # inspect --precision DIR
     if arguments.folder is None:
-        raise InputError("inspect: name a checkpoint's folder, or ask for --kernels")
+        raise InputError("inspect: name a checkpoint's folder, or ask for --kernels or --devices")
     reports = arguments.precision == _REPORT
     config = EngineConfig(
         size=arguments.size,

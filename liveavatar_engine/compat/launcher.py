@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from liveavatar_kernels.environment import Environment
 from torch import distributed
 
-from ..errors import ConfigError, LiveAvatarError
+from ..errors import LiveAvatarError
+from ..pipeline.tpp.job import Job
 from .imports import backend_imports
 
 EXIT_ERROR = 2
@@ -56,7 +56,7 @@ def run_script(script: Path, arguments: Sequence[str]) -> None:
     Everything that is changed for it is put back at the end.
     """
     with ExitStack() as changed:
-        if not _in_a_job():
+        if Job.current() is None:
             changed.enter_context(_environment(_job_of_one()))
         changed.enter_context(_attribute(sys, "argv", [str(script), *arguments]))
         changed.enter_context(_attribute(sys, "path", [str(script.resolve().parent), *sys.path]))
@@ -64,14 +64,6 @@ def run_script(script: Path, arguments: Sequence[str]) -> None:
             changed.enter_context(_without_gpu())
         changed.enter_context(backend_imports())
         runpy.run_path(str(script), run_name="__main__")
-
-
-def _in_a_job() -> bool:
-    """Whether torchrun, or the like, has started this process."""
-    try:
-        return Environment.read().world_size is not None
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def _job_of_one() -> dict[str, str]:

@@ -154,6 +154,21 @@ class StreamGeometry:
     def sink_tokens(self) -> int:
         return self.fixed_sink_tokens + self.reference_segment.tokens
 
+    def heads_per_rank(self, ranks: int) -> int:
+        """Self-attention heads of each of the ranks that share a timestep; each has 1 / ranks of a frame's tokens, too.
+
+        Raises:
+            ConfigError: heads or tokens cannot be shared equally.
+        """
+        heads, tokens = self.model.num_heads, self.tokens_per_frame
+        if heads % ranks or tokens % ranks:
+            possible = [str(n) for n in range(1, heads + 1) if heads % n == tokens % n == 0]
+            raise ConfigError(
+                f"sequence_parallel={ranks}: must divide the network's {heads} heads and the {tokens} tokens of a "
+                f"latent frame of {self.width}x{self.height}; here it can be {' or '.join(possible)}"
+            )
+        return heads // ranks
+
     def _motion_segments(self) -> tuple[SinkSegment, ...]:
         segments: list[SinkSegment] = []
         newest = 0

@@ -49,6 +49,8 @@ class CacheLayout:
 class CacheArena:
     """Rings and sinks in `dtype`, that of the network or e4m3 with scales; prompts in the network's dtype.
 
+    Where `ranks` share a timestep, rings and sinks have the heads of one of them; prompts have all heads.
+
     Session s has the ring slots s * rings .. s * rings + rings - 1, and two slots each of the sinks and prompts.
 
     Attributes:
@@ -66,14 +68,21 @@ class CacheArena:
         dtype: torch.dtype,
         text_dtype: torch.dtype,
         device: torch.device,
+        ranks: int = 1,
     ) -> None:
+        """Allocate it.
+
+        Raises:
+            ConfigError: `ranks` cannot share the geometry's tokens and the network's heads.
+        """
         model = geometry.model
+        mine = (geometry.heads_per_rank(ranks), model.head_dim)
         self.layout = CacheLayout.of(geometry, dtype == E4M3)
         self.rings, self.sessions = rings, sessions
         heads = (model.num_heads, model.head_dim)
         ring, sink, layers = self.layout.ring_tokens, self.layout.sink_tokens, model.num_layers
-        self._ring = _Buffers((sessions * rings, layers), ring, heads, dtype, device, geometry.tokens_per_block)
-        self._sink = _Buffers((sessions * SCENES, layers), sink, heads, dtype, device, run_tokens=0)
+        self._ring = _Buffers((sessions * rings, layers), ring, mine, dtype, device, geometry.tokens_per_block)
+        self._sink = _Buffers((sessions * SCENES, layers), sink, mine, dtype, device, run_tokens=0)
         self._text = _Buffers((sessions * SCENES, layers), model.text_len, heads, text_dtype, device, run_tokens=0)
         parts = [(self._ring.cache(i), self._sink.cache(i), self._text.cache(i)) for i in range(layers)]
         self.layers = [LayerCaches(ring, sink, KeyValue(text.k, text.v)) for ring, sink, text in parts]

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..model import Network
 from ..model.audio_injection import AudioInputs, frame_view
 from ..model.network import StepInputs
+from ..model.sequence import TokenSplit
 from ..runtime.graphs import Recorder, Work
 
 
@@ -19,25 +20,28 @@ class Cast:
     """Inputs of blocks with `actors` actors, and the recorded work that reads them.
 
     Where several blocks take a step together, the inputs of each lie in the row of its step, and move along with it.
+    What belongs to tokens is kept of this rank's only.
 
     Attributes:
         actors: whose audio a block brings.
         steps: work by first and last step.
     """
 
-    def __init__(self, network: Network, geometry: StreamGeometry, actors: int, masked: bool, rows: int) -> None:
+    def __init__(
+        self, network: Network, geometry: StreamGeometry, actors: int, masked: bool, rows: int, split: TokenSplit
+    ) -> None:
         model, frames, device = network.config, geometry.frames_per_block, network.device
 
         def zeros(*shape: int, dtype: torch.dtype = network.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.actors, self._network, self._frames = actors, network, frames
+        self.actors, self._network, self._frames, self._split = actors, network, frames, split
         self._states = zeros(
             actors, model.audio_layers, model.audio_dim, geometry.columns_per_block, dtype=torch.float32
         )
         self._audio = zeros(rows, *network.audio_inputs_shape(actors, frames))
-        self._token_bias = zeros(rows, geometry.tokens_per_block, model.dim)
-        self._mask = zeros(actors, frames, geometry.tokens_per_frame, 1) if masked else None
+        self._token_bias = zeros(rows, split.count(geometry.tokens_per_block), model.dim)
+        self._mask = zeros(actors, frames, split.count(geometry.tokens_per_frame), 1) if masked else None
         self._posed = True
         self._prepare: Work = self._prepare_audio
         self.steps: dict[tuple[int, int], Work] = {}
@@ -66,10 +70,11 @@ class Cast:
         self._states.copy_(states)
         self._prepare()
         if pose is not None or self._posed:
-            self._token_bias[0].copy_(self._network.token_bias(pose))
+            bias = self._network.token_bias(pose)
+            self._token_bias[0].copy_(bias if pose is None else self._split.mine(bias))
             self._posed = pose is not None
         if self._mask is not None and mask is not None:
-            self._mask.copy_(mask)
+            self._mask.copy_(self._split.mine(mask, dim=2))
 
     def inputs(self, steps: slice) -> Callable[[], StepInputs]:
         """Makes the inputs of some steps' blocks, side by side."""

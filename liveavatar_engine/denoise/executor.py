@@ -14,7 +14,9 @@ from torch import Tensor
 from ..config import StreamGeometry
 from ..model import Network
 from ..model.network import TimeModulation
+from ..model.sequence import token_splits
 from ..runtime.graphs import Recorder, Work, recorder
+from ..runtime.group import Group
 from .caches import CacheArena
 from .cast import Cast, side_by_side
 from .positions import Place, Scene, StepPositions
@@ -87,6 +89,10 @@ class StepExecutor:
         graphs: capture CUDA graphs where the device has them.
         diagonal: record calls of several steps, for streams that run them together.
         record_with: what records work, in place of that which `graphs` asks for.
+        group: of the ranks that share every step, each with an executor of its own; None: this one computes alone.
+
+    Raises:
+        ConfigError: the group's size does not divide the heads and a frame's tokens.
     """
 
     def __init__(
@@ -99,14 +105,19 @@ class StepExecutor:
         graphs: bool = True,
         diagonal: bool = False,
         record_with: Recorder | None = None,
+        group: Group | None = None,
     ) -> None:
+        split, sink_split = token_splits(geometry, group)
         network, steps, wide = denoiser.network, denoiser.schedule.steps, denoiser.wide
         self.denoiser, self.geometry, self.diagonal, self.steps = denoiser, geometry, diagonal, steps
+        self._split = split
         device = network.device
-        self.arena = CacheArena(geometry, denoiser.rings, sessions, cache_dtype or network.dtype, network.dtype, device)
-        self._positions = StepPositions(geometry, self.arena.layout, steps, device, wide, noise=denoiser.begins)
+        self.arena = CacheArena(
+            geometry, denoiser.rings, sessions, cache_dtype or network.dtype, network.dtype, device, split.ranks
+        )
+        self._positions = StepPositions(geometry, self.arena.layout, steps, device, wide, split, noise=denoiser.begins)
         self.prompts = Prompts(network, self.arena)
-        self._prefill = SinkPrefill(network, geometry, self.arena, denoiser.sink_time, wide)
+        self._prefill = SinkPrefill(network, geometry, self.arena, denoiser.sink_time, wide, sink_split)
         self._recorder = record_with or recorder(device, graphs, urgent=True)
         self._lock = threading.RLock()
         self._casts: dict[tuple[int, bool], Cast] = {}
@@ -135,7 +146,8 @@ class StepExecutor:
                 self._prefill.record(self._recorder, scene)
             places = [Place(self.arena.ring_slot(session, step), 0, 0, 4, scene) for step in range(self.steps)]
             self.place(places, torch.zeros(self.geometry.block_shape))
-            cast = Cast(self.denoiser.network, self.geometry, actors, masked, self.steps if self.diagonal else 1)
+            rows = self.steps if self.diagonal else 1
+            cast = Cast(self.denoiser.network, self.geometry, actors, masked, rows, self._split)
             cast.record(self._recorder, self._ranges(), self._work)
             self._casts[actors, masked] = cast
         _log.info("recorded the steps for %d actors in %.2f s", actors, time.perf_counter() - started)

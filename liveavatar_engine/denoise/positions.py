@@ -14,6 +14,7 @@ from ..config import StreamGeometry
 from ..config.geometry import REFERENCE_TIME
 from ..model.attention import RingView, StepView
 from ..model.rope import AxisFrequencies
+from ..model.sequence import WHOLE, TokenSplit
 from ..runtime.struct import DeviceStruct
 from .caches import CacheLayout
 
@@ -58,7 +59,7 @@ class Place:
 class StepPositions:
     """What kernels read about each step, and the noise of a new block if it enters here: one struct, one copy.
 
-    Angles come from float64. Spatial ones are written once, all else by `write`.
+    Angles come from float64. Spatial ones are written once, all else by `write`. Ranks that share a step have the same.
     """
 
     def __init__(
@@ -68,10 +69,12 @@ class StepPositions:
         steps: int,
         device: torch.device,
         dtype: torch.dtype,
+        split: TokenSplit = WHOLE,
         *,
         noise: bool = True,
     ) -> None:
         self._geometry, self._layout, self._steps, self._dtype = geometry, layout, steps, dtype
+        self._split = split
         self._frequencies = AxisFrequencies.of(geometry.model.head_dim)
         pairs = len(self._frequencies.time)
         self._struct = DeviceStruct(
@@ -105,7 +108,7 @@ class StepPositions:
             )
             for step in range(self._steps)[steps]
         )
-        return StepView(rings, fields["text"][steps])
+        return StepView(rings, fields["text"][steps], self._split)
 
     def write(self, places: Sequence[Place], noise: Tensor | None = None) -> None:
         """Write where each step stands, and noise on the CPU, and start their way to the device."""
@@ -139,8 +142,15 @@ class SinkPositions:
     They stand at their base positions, so only slots and the prompt change.
     """
 
-    def __init__(self, geometry: StreamGeometry, layout: CacheLayout, device: torch.device, dtype: torch.dtype) -> None:
-        self._start, self._tokens = layout.sink_start, geometry.sink_tokens
+    def __init__(
+        self,
+        geometry: StreamGeometry,
+        layout: CacheLayout,
+        device: torch.device,
+        dtype: torch.dtype,
+        split: TokenSplit = WHOLE,
+    ) -> None:
+        self._start, self._tokens, self._split = layout.sink_start, geometry.sink_tokens, split
         frequencies = AxisFrequencies.of(geometry.model.head_dim)
         segments = (*geometry.fixed_sink, geometry.reference_segment)
         angles = torch.cat([frequencies.angles(s.times, s.rows, s.columns) for s in segments])
@@ -155,7 +165,7 @@ class SinkPositions:
         """What a layer reads; always the same tensors."""
         fields = self._struct
         window = Window(fields["slots"], fields["segments"], self._shift)
-        return StepView((RingView(fields["at"], self._angles, window),), fields["text"])
+        return StepView((RingView(fields["at"], self._angles, window),), fields["text"], self._split)
 
     def write(self, scene: Scene) -> None:
         """Write which sink is prefilled, and with which prompt, and start their way to the device."""

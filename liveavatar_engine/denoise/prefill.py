@@ -12,6 +12,7 @@ from ..config.geometry import MOTION_LATENTS
 from ..model import Network
 from ..model.network import TimeModulation
 from ..model.residual import Residual
+from ..model.sequence import TokenSplit
 from ..runtime.graphs import Recorder, Work
 from .caches import CacheArena
 from .positions import Scene, SinkPositions
@@ -43,22 +44,30 @@ class PrefillJob:
 class SinkPrefill:
     """Fills one sink at a time, at time 0 and base positions.
 
-    Between layers the stream of tokens waits in buffers, so every layer is one piece of recorded work.
+    Between layers the stream of tokens waits in buffers, so every layer is one piece of recorded work. Ranks that share
+    a timestep share this, too: each has a part of the tokens, and fills the caches of its heads.
     """
 
     def __init__(
-        self, network: Network, geometry: StreamGeometry, arena: CacheArena, time: TimeModulation, wide: torch.dtype
+        self,
+        network: Network,
+        geometry: StreamGeometry,
+        arena: CacheArena,
+        time: TimeModulation,
+        wide: torch.dtype,
+        split: TokenSplit,
     ) -> None:
         model, device = network.config, network.device
         frame = (model.in_dim, 1, geometry.latent_height, geometry.latent_width)
-        self._network, self._layers, self._time = network, arena.sink_layers, time
+        self._network, self._layers, self._time, self._split = network, arena.sink_layers, time, split
         self._reference = torch.zeros(frame, dtype=wide, device=device)
         motion = (frame[0], MOTION_LATENTS, *frame[2:])
         self._motion = torch.zeros(motion, dtype=wide, device=device) if geometry.motion_tokens else None
         self._x, self._branch = (
-            torch.zeros(geometry.sink_tokens, model.dim, dtype=network.dtype, device=device) for _ in range(2)
+            torch.zeros(split.count(geometry.sink_tokens), model.dim, dtype=network.dtype, device=device)
+            for _ in range(2)
         )
-        self._positions = SinkPositions(geometry, arena.layout, device, wide)
+        self._positions = SinkPositions(geometry, arena.layout, device, wide, split)
         self._view = self._positions.view()
         self._job: PrefillJob | None = None
         self._stages: list[Work] = []
@@ -107,7 +116,7 @@ class SinkPrefill:
             self._job = None
 
     def _embed(self) -> None:
-        self._x.copy_(self._network.sink_tokens(self._reference, self._motion))
+        self._x.copy_(self._split.mine(self._network.sink_tokens(self._reference, self._motion)))
 
     def _layer_work(self, index: int) -> Work:
         block = self._network.layers()[index]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .linear import Activation, Fp8Linear, input_dtype
 from .norms import RMSNorm
+from .sequence import WHOLE, HeadRows, TokenSplit
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,12 @@ class StepView:
     Attributes:
         rings: one entry per group.
         text: int32 [groups, 3], slot of the prompt, its tokens, and the padding tokens behind them.
+        split: of the call's tokens over the ranks that share it.
     """
 
     rings: tuple[RingView, ...]
     text: Tensor
+    split: TokenSplit = WHOLE
 
 
 class Projections(nn.Module):
@@ -108,19 +111,22 @@ class RingSelfAttention(Projections):
         """What a norm in front should make: e4m3 where all three projections read it, else the model's `dtype`."""
         return dtype if self.qkv is None else input_dtype(self.qkv, dtype)
 
-    def forward(self, x: Activation, caches: LayerCaches, views: tuple[RingView, ...]) -> Tensor:
-        """[tokens, dim] -> [tokens, dim], tokens of as many groups as there are `views`.
+    def forward(self, x: Activation, caches: LayerCaches, view: StepView) -> Tensor:
+        """[tokens, dim] -> [tokens, dim], this rank's tokens of the view's groups.
 
         The keys and values of each group are written to the ring first; groups do not see each other.
         """
         projected = (self.q(x), self.k(x), self.v(x)) if self.qkv is None else self.qkv(x).chunk(3, dim=-1)
-        by_group = zip(*(self.split(part).chunk(len(views)) for part in projected), strict=True)
-        attended = [self._attend(q, k, v, caches, view) for (q, k, v), view in zip(by_group, views, strict=True)]
-        return self.merge(attended[0] if len(attended) == 1 else torch.cat(attended))
+        q, k, v = (self.split(part) for part in projected)
+        rows = view.split.to_heads(q, k, v, self.norm_q, self.norm_k)
+        by_group = zip(*(part.chunk(len(view.rings)) for part in rows[:3]), view.rings, strict=True)
+        attended = [
+            self._attend(HeadRows(q, k, v, rows.q_weight, rows.k_weight), caches, ring) for q, k, v, ring in by_group
+        ]
+        return self.merge(view.split.to_tokens(attended[0] if len(attended) == 1 else torch.cat(attended)))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, caches: LayerCaches, view: RingView) -> Tensor:
-        weights = self.norm_q.weight, self.norm_k.weight
-        q = ring_write(q, k, v, *weights, view.angles, caches.ring, view.at, eps=self.norm_q.eps)
+    def _attend(self, rows: HeadRows, caches: LayerCaches, view: RingView) -> Tensor:
+        q = ring_write(*rows, view.angles, caches.ring, view.at, eps=self.norm_q.eps)
         return ring_attention(q, caches.ring, caches.sink, view.window)
 
 

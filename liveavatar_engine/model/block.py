@@ -43,7 +43,7 @@ class TransformerBlock(nn.Module):
         self.ffn = FeedForward(dim, ffn_dim)
 
     def forward(self, stream: Residual, modulation: Tensor, caches: LayerCaches, view: StepView) -> Residual:
-        """Tokens of one or several groups, [tokens, dim]; `modulation` is float32 [6, groups, dim].
+        """This rank's tokens of one or several groups, [tokens, dim]; `modulation` is float32 [6, groups, dim].
 
         The stream that is returned waits for the FFN's branch, to be rounded to the model's dtype.
         """
@@ -54,7 +54,7 @@ class TransformerBlock(nn.Module):
         stream, x = stream.normed(
             self.eps, self.self_attn.input_dtype(dtype), dtype, shift=shift_attn, scale=scale_attn
         )
-        stream = stream.plus(self.self_attn(x, caches, view.rings), gate_attn)
+        stream = stream.plus(self.self_attn(x, caches, view), gate_attn)
         stream, x = stream.normed(
             self.eps,
             input_dtype(self.cross_attn.q, dtype),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .norms import wide_dtype
 from .residual import Residual
+from .sequence import TokenSplit
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -53,15 +54,22 @@ class Head(nn.Module):
         self.head = nn.Linear(dim, patch[0] * patch[1] * patch[2] * channels)
 
     def forward(
-        self, stream: Residual, shift: Tensor, scale: Tensor, grid: tuple[int, int, int], dtype: torch.dtype
+        self,
+        stream: Residual,
+        shift: Tensor,
+        scale: Tensor,
+        grid: tuple[int, int, int],
+        dtype: torch.dtype,
+        split: TokenSplit,
     ) -> Tensor:
         """Stream [tokens, dim], rounded to the model's `dtype` -> [channels, frames, height, width] in float32.
 
-        A token holds its patch in (frame, row, column, channel) order, the channel fastest. `shift` and `scale`,
-        [groups, dim] each, are the learned modulation plus the time embedding itself.
+        The stream has this rank's tokens, the result those of all ranks. A token holds its patch in (frame, row,
+        column, channel) order, the channel fastest. `shift` and `scale`, [groups, dim] each, are the learned modulation
+        plus the time embedding itself.
         """
         _, normed = stream.normed(self.eps, wide_dtype(dtype), dtype, shift=shift, scale=scale)
-        patches = self.head(normed)
+        patches = split.whole(self.head(normed))
         frames, rows, columns = grid
         p, q, r = self.patch
         patches = patches.view(frames, rows, columns, p, q, r, self.channels)

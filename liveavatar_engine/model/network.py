@@ -54,7 +54,9 @@ class StepInputs:
     Attributes:
         token_bias: [tokens, dim], added to the tokens of the latents: pose tokens and the mark of noisy ones.
         audio: of all frames.
-        actor_mask: [actors, frames, tokens_per_frame, 1], or None for a single actor without a mask.
+        actor_mask: [actors, frames, tokens of a frame, 1], or None for a single actor without a mask.
+
+    `token_bias` and `actor_mask` are of this rank's tokens.
     """
 
     token_bias: Tensor
@@ -168,24 +170,24 @@ class Network(nn.Module):
         Writes the blocks' keys and values to the rings that `view` names.
 
         Args:
-            latents: [channels, groups * frames, height, width].
+            latents: [channels, groups * frames, height, width], the same on all ranks that share the call.
             time: of the groups' timesteps.
             inputs: of the groups, one behind the other.
             caches: one entry per layer.
-            view: where the groups stand.
+            view: where the groups stand, and how their tokens are split over ranks.
 
         Returns:
-            Of latents' shape, float32.
+            Of latents' shape, float32; the same bits on all ranks.
         """
         _, frames, height, width = latents.shape
-        stream = Residual(self.patch_embedding.tokens(latents) + inputs.token_bias)
+        stream = Residual(view.split.mine(self.patch_embedding.tokens(latents)) + inputs.token_bias)
         layers = zip(self.layers(), time.blocks, caches, strict=True)
         for index, (block, modulation, layer_caches) in enumerate(layers):
             stream = block(stream, modulation, layer_caches, view)
             stream = self.audio_injector(stream, index, inputs.audio, inputs.actor_mask)
         patch_frames, patch_rows, patch_columns = self.config.patch_size
         grid = (frames // patch_frames, height // patch_rows, width // patch_columns)
-        return self.head(stream, time.head[0], time.head[1], grid, self.dtype)
+        return self.head(stream, time.head[0], time.head[1], grid, self.dtype, view.split)
 
     def _time_modulation(self, timestep: float) -> tuple[Tensor, Tensor]:
         position = torch.as_tensor(timestep, dtype=torch.float64, device=self.device)

@@ -37,7 +37,12 @@ def resolve_device(names: str | tuple[str, ...]) -> torch.device:
         return torch.device("cuda", device.index or 0)
     if device.type != "cpu":
         raise ConfigError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
-    return device
+    return torch.device("cpu")
+
+
+def local_name(name: str) -> str:
+    """A device's name on its own node: "cuda:0" of "cuda:0@1"."""
+    return name.partition("@")[0]
 
 
 @dataclass(frozen=True)

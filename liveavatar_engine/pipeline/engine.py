@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from ..conditions.actors import actor_mask
-from ..conditions.audio_encoder import AudioEncoder
 from ..conditions.audio_features import ActorFeatures, Features, WindowedFeatures, window_samples
 from ..conditions.audio_window import AudioWindow
 from ..conditions.pose import PoseStream
 from ..conditions.speech import LiveSpeech
 from ..conditions.still import StillCache, to_pixels
-from ..conditions.text import TextEncoder
 from ..config import EngineConfig, StreamGeometry
 from ..config.engine import DEFAULT_SEED
 from ..config.fit import TYPICAL_SIDES
@@ -28,21 +26,19 @@ from ..config.geometry import FRAMES_PER_SECOND
 from ..denoise.executor import StepExecutor
 from ..denoise.noise import check_seed
 from ..denoise.stream import Conditions, SinkPolicy
-from ..errors import CheckpointError, ConfigError, InputError
+from ..errors import ConfigError, InputError
 from ..runtime.graphs import recorder
-from ..vae.light import load_decoder
-from ..vae.vae import Vae
-from ..weights.budget import require_memory
-from ..weights.conversion import settled
-from ..weights.layout import Checkpoint
-from ..weights.network import LoadProgress, load_network
+from ..weights.network import LoadProgress
 from . import inputs
-from .device import graphs_absent, log_kernels, resolve_device, resolve_precision
-from .offload import fetchers, load_offloadable_vae
+from .assembly import Source, assemble
+from .device import graphs_absent
+from .encoders import Encoders
 from .one_device import OneDevice
 from .precision import LayerLoss, measured_losses
 from .runner import Runner, StreamOrder, WorkerInfo
 from .session import Session
+from .tpp.many_devices import ManyDevices
+from .tpp.trace import write_chrome_trace
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,21 +66,12 @@ class _Scene:
     pose: PoseStream | None
 
 
-@dataclass(frozen=True)
-class Encoders:
-    """What encodes the conditions of streams: pictures, prompts and speech."""
-
-    vae: Vae
-    text: TextEncoder
-    audio: AudioEncoder
-
-
 class Engine:
     """A loaded checkpoint, ready to serve. Make one with `from_pretrained`, and `close` it, or use it in a `with`."""
 
-    def __init__(self, config: EngineConfig, runner: Runner, encoders: Encoders) -> None:
+    def __init__(self, config: EngineConfig, runner: Runner, encoders: Encoders, trace: Path | None = None) -> None:
         """Put loaded parts together: what makes blocks, and what encodes their conditions."""
-        self.config = config
+        self.config, self._trace = config, trace
         self._runner, self._encoders = runner, encoders
         self._lock = threading.Lock()
         self._window: AudioWindow | None = None
@@ -99,42 +86,30 @@ class Engine:
         progress: LoadProgress | None = None,
         *,
         vae: str | Path | None = None,
+        trace: str | Path | None = None,
         lora_scale: float | None = None,
     ) -> Self:
         """Load a checkpoint directory, original or converted, merging a LoRA adapter where one is given.
 
         `progress` is called with the tensors of the network loaded so far and to be loaded. `vae` is a file with the
-        weights of a light decoder (docs/light-decoder.md), which makes frames in place of the checkpoint's VAE.
-        `lora_scale` is the adapter's alpha / rank, if it is not to be what its file says.
+        weights of a light decoder (docs/light-decoder.md), which makes frames in place of the checkpoint's VAE. With
+        several devices, `trace` is a file that gets a timeline of all of them when the engine is closed. `lora_scale` is
+        the adapter's alpha / rank, if it is not to be what its file says.
+
+        Several devices have a worker process each. In a torchrun job these are the job's processes: this returns in the
+        first one, and in all others it serves that one's engines until it ends, and then exits.
 
         Raises:
             CheckpointError: parts are missing or damaged or do not fit together; nothing has been allocated for the
                 network by then.
             ConfigError: the device or precision asked for is not there or contradicts a converted checkpoint, or
                 LIVEAVATAR_KERNELS names no kernels.
+            WorkerError: a worker process has ended.
             DeviceMemoryError: the device or the host has too little memory free; nothing has been allocated.
         """
-        device = resolve_device((config or EngineConfig()).devices)
-        log_kernels(device)
-        found, adapter = Checkpoint(Path(checkpoint)), Path(lora) if lora is not None else None
-        config = settled(config or EngineConfig(), found.root, adapter)
-        require_memory(found, config, device)
-        precision = resolve_precision(config, device)
-        dtype, offload = precision.dtype, fetchers(config, device)
-        _log.info("loading %s as %s on %s", found.root, dtype, device)
-        audio_encoder = AudioEncoder.load(found.audio_encoder, device)
-        text_encoder = TextEncoder.load(found.text_encoder, found.tokenizer, dtype, device, offload.get("text_encoder"))
-        decoder = None if vae is None else load_decoder(Path(vae), precision.decoder, device)
-        wan = load_offloadable_vae(found.vae, precision.decoder, device, offload.get("vae"))
-        network = load_network(found.root, adapter, dtype, device, progress, precision.fp8_skip, lora_scale=lora_scale)
-        sizes = (audio_encoder.state_count, audio_encoder.state_dim)
-        if sizes != (network.config.audio_layers, network.config.audio_dim):
-            raise CheckpointError(
-                f"{found.audio_encoder}: {sizes[0]} states of {sizes[1]}; the network was made for "
-                f"{network.config.audio_layers} of {network.config.audio_dim}"
-            )
-        runner = OneDevice(config, network, decoder or wan)
-        return cls(config, runner, Encoders(wan, text_encoder, audio_encoder))
+        source = Source(Path(checkpoint), _path(lora), _path(vae), lora_scale)
+        parts = assemble(source, config or EngineConfig(), progress, trace=trace is not None)
+        return cls(parts.config, parts.runner, parts.encoders, _path(trace))
 
     @property
     def device(self) -> torch.device:
@@ -160,13 +135,33 @@ class Engine:
         """The processes that work for this engine, by rank; none on a single device."""
         return self._runner.workers()
 
+    def restart(self) -> None:
+        """Start the worker processes again, after one has failed, or at any time: sessions that are open end.
+
+        Raises:
+            ConfigError: there are none, on a single device.
+            LiveAvatarError: what a worker could not do; none is left running.
+        """
+        if not isinstance(self._runner, ManyDevices):
+            raise ConfigError("restart: an engine on one device has no workers")
+        self._runner.restart()
+
     def drain(self) -> None:
         """Begin no further block: sessions end, as if their audio did, when the blocks under way are delivered."""
         self._runner.drain()
 
     def close(self) -> None:
-        """End all sessions, and the engine's worker processes; a second call does nothing."""
-        self._runner.close()
+        """End all sessions, and the engine's worker processes; a second call does nothing.
+
+        Raises:
+            OutputError: the trace cannot be written; everything has ended all the same.
+        """
+        runner = self._runner
+        if self._trace is not None and isinstance(runner, ManyDevices):
+            spans, path, self._trace = runner.spans(), self._trace, None
+            runner.close()
+            write_chrome_trace(path, spans, runner.plan)
+        runner.close()
 
     def __enter__(self) -> Self:
         return self
@@ -343,3 +338,7 @@ class Engine:
         if not isinstance(prompt, str):
             raise InputError(f"prompt: expected text, not {type(prompt).__name__}")
         return self._encoders.text.context(prompt, self._runner.model.text_len)
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)

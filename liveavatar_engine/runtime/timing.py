@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+
+Mark = float | torch.cuda.Event
+"""A moment on a device's clock."""
+
+
+class DeviceClock:
+    """Moments of a device as seconds of a clock of the host.
+
+    Args:
+        device: that the moments are of; a GPU is waited for, once.
+        clock: of the host.
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.time) -> None:
+        self._start: Mark = time.perf_counter()
+        if device.type == "cuda":
+            self._start = torch.cuda.Event(enable_timing=True)
+            self._start.record(torch.cuda.current_stream(device))
+            self._start.synchronize()
+        self._offset = clock()
+
+    def at(self, mark: Mark) -> float:
+        """When a `StageTimer`'s mark was; waits for it."""
+        return self._offset + _between(self._start, mark)
 
 
 class StageTimer:
@@ -17,7 +41,7 @@ class StageTimer:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._spans: dict[str, list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]]] = {}
+        self._spans: dict[str, list[tuple[Mark, Mark]]] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -30,7 +54,11 @@ class StageTimer:
         """Seconds by stage; waits until the device has finished them."""
         return {name: sum(_between(*span) for span in spans) for name, spans in self._spans.items()}
 
-    def _mark(self) -> float | torch.cuda.Event:
+    def spans(self) -> list[tuple[str, Mark, Mark]]:
+        """Name, start and end of every turn, in order."""
+        return [(name, *span) for name, spans in self._spans.items() for span in spans]
+
+    def _mark(self) -> Mark:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -38,7 +66,7 @@ class StageTimer:
         return event
 
 
-def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+def _between(start: Mark, end: Mark) -> float:
     if isinstance(start, float) and isinstance(end, float):
         return end - start
     assert isinstance(start, torch.cuda.Event)

@@ -30,7 +30,7 @@ def require_memory(found: Checkpoint, config: EngineConfig, device: torch.device
         CheckpointError: a file is damaged.
         ConfigError: the size or the precision is not possible.
     """
-    geometry = _geometry(ModelConfig.from_file(found.config), config)
+    geometry = expected_geometry(ModelConfig.from_file(found.config), config)
     parts = part_sizes(found)
     estimate = predict_memory(geometry, parts, config, device)
     free = free_memory(device)
@@ -47,7 +47,7 @@ def require_memory(found: Checkpoint, config: EngineConfig, device: torch.device
         )
 
 
-def _geometry(model: ModelConfig, config: EngineConfig) -> StreamGeometry:
+def expected_geometry(model: ModelConfig, config: EngineConfig) -> StreamGeometry:
     """The streams that are expected; an area that is too small for a 16:9 picture still shows a square one."""
     try:
         return stream_geometry(model, config)

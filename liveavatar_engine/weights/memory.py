@@ -31,6 +31,8 @@ _LOGIT_TILE = 1 << 28
 _STEP_COPIES, _STEP_WIDENED = 9, 1.5
 """Copies of a block's tokens in the model's dtype that are alive at once in a step, and in float32 where that is wider,
 measured with the ops in plain PyTorch."""
+_EXCHANGE_COPIES = 4
+"""More copies of a rank's tokens where several share a step, before and after an exchange; measured alike."""
 _PAST_FRAMES = 2
 """Frames that a causal convolution of the VAE keeps."""
 _DECODE_LAYERS, _ENCODE_LAYERS = 5, 11.3
@@ -161,11 +163,12 @@ def predict_memory(
     Args:
         geometry: network and picture size.
         parts: sizes of the parts around the network.
-        config: precision, steps, sessions, offloading, graphs, schedule.
+        config: precision, steps, sessions, offloading, graphs, schedule; of devices that share a step, one counts.
         device: its kind counts; it need not be there.
 
     Raises:
-        ConfigError: precisions that do not go together, or `fp8_skip` names no layer.
+        ConfigError: precisions that do not go together, `fp8_skip` names no layer, or `sequence_parallel` cannot share
+            the network's heads and tokens.
     """
     return MemoryEstimate(tuple(_Prediction(geometry, parts, config, device).rows()))
 
@@ -210,10 +213,11 @@ class _Prediction:
         config, geometry, model = self._config, self._geometry, self._model
         sessions, rings = config.max_sessions, 1 if config.kv_mode == "clean" else config.steps
         meta = torch.device("meta")
-        arena = CacheArena(geometry, rings, sessions, self._precision.cache, self._precision.dtype, meta)
-        ring = gigabytes(arena.ring_bytes // (sessions * rings))
-        yield MemoryRow("rings", arena.ring_bytes, f"{_count(sessions, 'session')} x {_count(rings, 'ring')} of {ring}")
-        yield MemoryRow("sinks", arena.sink_bytes, f"{_count(sessions, 'session')} x 2: one is read, one made")
+        arena = CacheArena(geometry, rings, sessions, self._precision.cache, self._precision.dtype, meta, self._ranks)
+        ring, shared = gigabytes(arena.ring_bytes // (sessions * rings)), self._shared
+        rings_of = f"{_count(sessions, 'session')} x {_count(rings, 'ring')} of {ring}"
+        yield MemoryRow("rings", arena.ring_bytes, f"{rings_of}{shared}")
+        yield MemoryRow("sinks", arena.sink_bytes, f"{_count(sessions, 'session')} x 2: one is read, one made{shared}")
         yield MemoryRow("text keys", arena.text_bytes, f"{_count(sessions, 'session')} x 2 x {model.text_len} tokens")
         if config.features == "global":
             states = sessions * GLOBAL_SECONDS * FEATURE_RATE * model.audio_layers * model.audio_dim * _WIDE
@@ -238,8 +242,8 @@ class _Prediction:
         wide += model.audio_layers * model.audio_dim * geometry.columns_per_block
         wide += geometry.sink_tokens * model.head_dim + geometry.tokens_per_frame * 4 * (model.head_dim // 6)  # angles
         audio = math.prod(self._network.audio_inputs_shape(1, geometry.frames_per_block))
-        entered = self._together * (audio + geometry.tokens_per_block * model.dim)
-        narrow = entered + 2 * geometry.sink_tokens * model.dim
+        entered = self._together * (audio + geometry.tokens_per_block // self._ranks * model.dim)
+        narrow = entered + 2 * -(-geometry.sink_tokens // self._ranks) * model.dim
         yield MemoryRow("static inputs", wide * _WIDE + narrow * self._item, "of steps: latents, audio, sink tokens")
 
     def _working(self) -> Iterator[MemoryRow]:
@@ -268,6 +272,16 @@ class _Prediction:
         return self._geometry.height * self._geometry.width
 
     @property
+    def _ranks(self) -> int:
+        """That share a step."""
+        return self._config.sequence_parallel
+
+    @property
+    def _shared(self) -> str:
+        """What a note says of caches of which each rank has a part."""
+        return f"; 1/{self._ranks} of the heads" if self._ranks > 1 else ""
+
+    @property
     def _together(self) -> int:
         """Blocks that take a step together."""
         return self._config.steps if self._config.schedule == "diagonal" else 1
@@ -278,13 +292,14 @@ class _Prediction:
         That makes float32 copies of all keys and values where they are narrower, and three tiles of logits.
         """
         model, block, item = self._model, self._geometry.tokens_per_block, self._item
-        values = self._together * block * model.dim
-        alive = _STEP_COPIES * values * item + (int(_STEP_WIDENED * values) * _WIDE if item < _WIDE else 0)
+        values = self._together * block // self._ranks * model.dim
+        copies = _STEP_COPIES + (_EXCHANGE_COPIES if self._ranks > 1 else 0)
+        alive = copies * values * item + (int(_STEP_WIDENED * values) * _WIDE if item < _WIDE else 0)
         if not self._plain_attention:
             return alive
         keys = self._geometry.ring_tokens + self._geometry.sink_tokens
-        widened = 0 if item >= _WIDE else 2 * keys * model.dim * _WIDE
-        logits = model.num_heads * block * keys * _WIDE
+        widened = 0 if item >= _WIDE else 2 * keys * model.dim // self._ranks * _WIDE
+        logits = model.num_heads // self._ranks * block * keys * _WIDE
         return alive + widened + min(3 * _LOGIT_TILE, 2 * logits)
 
     def _vae_working_bytes(self, vae: VaeShape) -> tuple[int, int]:

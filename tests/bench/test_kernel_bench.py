@@ -15,7 +15,6 @@ from rich.console import Console
 
 from liveavatar_engine.bench import bench, command
 from liveavatar_engine.bench.environment import Environment
-from liveavatar_engine.bench.files import check_writable, write_atomically
 from liveavatar_engine.bench.kernels import choose, report, rows, subjects, suite, targets
 from liveavatar_engine.bench.kernels.rows import Limits, Row, failures, fastest, limits_of, timed, with_ratios
 from liveavatar_engine.bench.kernels.runner import Conditions
@@ -23,6 +22,7 @@ from liveavatar_engine.bench.kernels.subjects import SUBJECTS, Subject
 from liveavatar_engine.bench.kernels.timing import Ceilings, Summary
 from liveavatar_engine.bench.schema import validate
 from liveavatar_engine.errors import OutputError
+from liveavatar_engine.files import check_writable, write_atomically
 
 DENSE = subjects.RING_ATTENTION.cases[0]
 E4M3 = next(case for case in subjects.RING_ATTENTION.cases if case.quantized)

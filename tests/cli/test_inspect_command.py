@@ -69,7 +69,7 @@ def test_fp8_halves_the_network(checkpoint: Path, capsys, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ([], "name a checkpoint's folder, or ask for --kernels"),
+        ([], "name a checkpoint's folder, or ask for --kernels or --devices"),
         (["--precision", "int3"], "name a checkpoint's folder"),
         (["CHECKPOINT", "--precision", "int3"], "precision must be one of"),
         (["CHECKPOINT", "--precision", "fp8", "--fp8-skip", "nothing_called_so"], "'nothing_called_so'"),
@@ -83,3 +83,46 @@ def test_what_cannot_be_done_is_one_line(arguments, complaint: str, checkpoint: 
     assert code == 2
     assert complaint in err
     assert err.count("\n") == 1
+
+
+class TestDevices:
+    def test_a_layout_needs_no_checkpoint(self, capsys, monkeypatch) -> None:
+        code, out, _ = _run(capsys, monkeypatch, "--devices", "5", "--step-ms", "110", "--vae-ms", "60")
+        assert code == 0
+        for stage in ("step 0", "step 1", "step 2", "step 3", "decode"):
+            assert stage in out
+        assert "109.1 frames/s in total, a block every 110 ms" in out
+        assert "first frame 500 ms after its audio, 460 ms with early_first_frame" in out
+        assert "sessions in real time (25 frames/s each): 4" in out
+        assert "step 110 ms (given)" in out
+
+    def test_what_was_not_measured_is_said(self, capsys, monkeypatch) -> None:
+        _, out, _ = _run(capsys, monkeypatch, "--devices", "cuda:1,cuda:3", "--sequence-parallel", "2")
+        assert "step 110 ms (the design's target, not measured here)" in out
+        assert "2 devices are taken to share a step evenly" in out
+        assert "steps 0-3 + decode (1 of 2)" in out
+        assert out.index("cuda:1") < out.index("cuda:3")
+
+    def test_several_lanes(self, capsys, monkeypatch) -> None:
+        _, out, _ = _run(capsys, monkeypatch, "--devices", "7", "--sessions", "2", "--steps", "4")
+        assert "in the slowest lane" in out
+        assert "steps 2-3 + decode" in out
+
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            (["--devices", "6"], "cuda:5 would have nothing to do"),
+            (["--devices", "0"], "expected at least 1 device, not 0"),
+            (["--devices", "cuda:0,,cuda:1"], "expected a number, or names such as cuda:0,cuda:1"),
+            (["--devices", "cuda:0,cuda:0"], "named more than once: cuda:0"),
+            (["--devices", "1", "--sequence-parallel", "2"], "1 devices are too few"),
+            (["--devices", "2", "--costs", "no.json"], "--costs no.json: "),
+            (["--step-ms", "5"], "--step-ms belongs to --devices"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_what_cannot_be_laid_out(self, arguments, complaint: str, capsys, monkeypatch) -> None:
+        code, _, err = _run(capsys, monkeypatch, *arguments)
+        assert code == 2
+        assert complaint in err
+        assert err.count("\n") == 1

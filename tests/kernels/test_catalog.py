@@ -115,10 +115,3 @@ def test_a_kernel_that_is_broken_raises(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_program_takes_wide_rows_one_by_one_and_narrow_ones_together() -> None:
     assert [rows_per_program(block, 2048, "cuda") for block in (8192, 2048, 1024, 64)] == [1, 1, 2, 32]
     assert rows_per_program(8192, 2048, "cpu") > 1
-
-
-def test_processes_of_a_job() -> None:
-    assert Environment.read({}).world_size is None
-    assert Environment.read({"WORLD_SIZE": "5"}).world_size == 5
-    with pytest.raises(ValueError, match="WORLD_SIZE must be a number of processes, not '0'"):
-        Environment.read({"WORLD_SIZE": "0"})

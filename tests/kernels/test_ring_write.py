@@ -24,7 +24,9 @@ def _exact(arguments) -> tuple[torch.Tensor, torch.Tensor]:
 
     def rotated(x, weight):
         flat = x.double().flatten(1)
-        normed = (flat / (flat.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()).view_as(x)
+        if weight is not None:
+            flat = flat / (flat.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+        normed = flat.view_as(x)
         turned = torch.view_as_complex(normed.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
         return torch.view_as_real(turned).flatten(-2)
 
@@ -127,10 +129,11 @@ def test_reference_is_float64_for_float64() -> None:
     [
         ({"k": torch.zeros(9, 2, 64)}, "k: expected"),
         ({"q_weight": torch.ones(5)}, r"q_weight: expected \[128\]"),
+        ({"k_weight": None}, "q_weight and k_weight: expected both"),
         ({"at": torch.tensor([1, 0])}, "at: expected int32"),
         ({"q": torch.zeros(10, 64, 2).transpose(1, 2)}, "q: the heads of a token must lie together"),
     ],
-    ids=["k", "weight", "at", "strides"],
+    ids=["k", "weight", "weights", "at", "strides"],
 )
 def test_arguments_that_do_not_fit(change, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
@@ -142,6 +145,35 @@ def test_e4m3_caches_are_checked() -> None:
     with pytest.raises(ValueError, match="needs k_scale and v_scale"):
         ring_write(**{**arguments, "cache": arguments["cache"]._replace(k_scale=None)})
     assert arguments["cache"].k.dtype == E4M3
+
+
+@by_implementation
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "e4m3"])
+def test_shares_of_the_heads_normalised_before_are_the_whole(quantized: bool, implementation: str) -> None:
+    """What several devices write that have some of the heads each, against one that has all."""
+    case = Case("", heads=4, head_dim=32, frames=2, frame_tokens=9, cache_tokens=128, start=0, quantized=quantized)
+    whole = case.arguments(torch.float32)
+    expected = ring_write(**whole, implementation=implementation)
+    normed = {
+        name: torch.nn.functional.rms_norm(whole[name].flatten(1), (128,), whole[f"{name}_weight"], EPS).view_as(
+            expected
+        )
+        for name in ("q", "k")
+    }
+    for first in (0, 2):
+        heads = slice(first, first + 2)
+        share = {name: tensor[:, heads] for name, tensor in (*normed.items(), ("v", whole["v"]))}
+        half = Case("", heads=2, head_dim=32, frames=2, frame_tokens=9, cache_tokens=128, start=0, quantized=quantized)
+        cache = half.arguments(torch.float32)["cache"]
+        arguments = {**whole, **share, "cache": cache, "q_weight": None, "k_weight": None}
+        q = ring_write(**arguments, implementation=implementation)
+        assert relative_error(q, expected[:, heads]) <= 1e-6
+        exact = {"v": 0, "k_scale": 0, "v_scale": 0} if quantized else {"k": 1, "v": 1}
+        written = slice(None) if quantized else case.slots()
+        for name, axis in exact.items():
+            ours, theirs = (getattr(of, name)[1] for of in (cache, whole["cache"]))
+            theirs = theirs.narrow(axis, first, 2)
+            assert relative_error(ours[written].float(), theirs[written].float()) <= 1e-6, name
 
 
 def test_traces_without_running() -> None:

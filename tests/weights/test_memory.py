@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,24 @@ def _meta_executor(preset: str, config: EngineConfig) -> StepExecutor:
         stream_geometry(model, config),
         cache_dtype=E4M3 if config.kv_precision == "fp8" else None,
         diagonal=config.schedule == "diagonal",
+        group=MetaGroup(config.sequence_parallel),
     )
+
+
+class MetaGroup:
+    """The first of some ranks, without the others: what they would send has a shape and no more."""
+
+    rank = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def all_to_all(self, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+        assert sum(sent) == len(rows)
+        return rows.contiguous().new_empty(sum(received), *rows.shape[1:])
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.new_empty(self.size * len(rows), *rows.shape[1:])
 
 
 STEPS = {
@@ -107,11 +125,16 @@ STEPS = {
     "14b fp8": ("14b", {"precision": "fp8", "kv_precision": "fp8"}),
     "clean": ("small", {"precision": "bf16", "kv_mode": "clean"}),
     "diagonal": ("14b", {"precision": "bf16", "schedule": "diagonal"}),
+    "shared": ("14b", {"precision": "bf16", "sequence_parallel": 2}),
+    "fp8, shared": ("14b", {"precision": "fp8", "kv_precision": "fp8", "sequence_parallel": 4}),
+    "fp32, shared": ("small", {"precision": "fp32", "sequence_parallel": 4}),
 }
 
 
 @pytest.mark.parametrize(("preset", "settings"), STEPS.values(), ids=STEPS)
-def test_buffers_and_working_memory_of_steps_are_near_the_truth(preset: str, settings: dict) -> None:
+def test_buffers_and_working_memory_of_steps_are_near_the_truth(
+    preset: str, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = EngineConfig(features="windowed", **settings)
     with torch.inference_mode():
         with PeakMemory("meta") as memory:
@@ -128,6 +151,8 @@ def test_buffers_and_working_memory_of_steps_are_near_the_truth(preset: str, set
                 work()
             peak = max(peak, memory.peak)
     predicted = _predict(preset, features="windowed", **settings)
+    assert predicted["rings"] == arena.ring_bytes
+    assert predicted["sinks"] == arena.sink_bytes
     assert 0.99 < predicted["static inputs"] / static < 1.01
     without_audio = dataclasses.replace(_parts(PRESETS[preset]), audio_channels=0, vae=None)
     geometry = stream_geometry(PRESETS[preset].model, config)

@@ -1,6 +1,7 @@
 """Normalise and rotate a block's queries and keys, and store its keys and values in their slots.
 
-q, k <- R(position) RMSNorm(q), R(position) RMSNorm(k), the norm over all heads together; the cache takes k and v.
+q, k <- R(position) RMSNorm(q), R(position) RMSNorm(k), the norm over all heads together; the cache takes k and v. Where
+a device has only some of the heads, the norm cannot be taken here: then q and k come normalised.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def ring_write(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     angles: Angles,
     cache: KeyValueCache,
     at: Tensor,
@@ -48,12 +49,12 @@ def ring_write(
 
     Args:
         q, k, v: [tokens, heads, head_dim], as projected; tokens may be apart in memory, heads and lanes not.
-        q_weight, k_weight: [heads * head_dim].
+        q_weight, k_weight: [heads * head_dim] of the RMSNorm, or None for both: q and k are normalised already.
         angles: of the block's tokens.
         cache: written in place. Tokens wrap at the end of a slot; in e4m3 they must not, and the block owns every
             tile that it touches: what it leaves of them is zeroed.
         at: int32 [2] on q's device, slot and first token.
-        eps: added to the mean square.
+        eps: added to the mean square; of no effect without weights.
         implementation: "reference" or "triton"; None picks.
 
     Returns:
@@ -72,9 +73,11 @@ def ring_write(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.stride(2) != 1 or tensor.stride(1) != head_dim:
             raise ValueError(f"{name}: the heads of a token must lie together, strides are {tensor.stride()}")
-    for name, tensor in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if tensor.shape != (heads * head_dim,):
-            raise ValueError(f"{name}: expected [{heads * head_dim}], not {list(tensor.shape)}")
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("q_weight and k_weight: expected both, or None for both")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None and weight.shape != (heads * head_dim,):
+            raise ValueError(f"{name}: expected [{heads * head_dim}], not {list(weight.shape)}")
     if angles.tokens != tokens or angles.pairs != head_dim // 2:
         raise ValueError(
             f"angles: expected {tokens} tokens of {head_dim // 2} pairs, not {angles.tokens} of {angles.pairs}"
@@ -93,8 +96,8 @@ def _custom_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     time: Tensor,
     space: Tensor,
     cache_k: Tensor,

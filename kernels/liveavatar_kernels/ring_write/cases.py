@@ -19,7 +19,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Case:
-    """A block of `frames` x `frame_tokens` written at `start` of slot 1 of 2."""
+    """A block of `frames` x `frame_tokens` written at `start` of slot 1 of 2; perhaps its q and k come normalised."""
 
     name: str
     heads: int
@@ -29,6 +29,7 @@ class Case:
     cache_tokens: int
     start: int
     quantized: bool = False
+    normalised: bool = False
 
     @property
     def tokens(self) -> int:
@@ -52,8 +53,8 @@ class Case:
             "q": q,
             "k": k,
             "v": v,
-            "q_weight": q_weight,
-            "k_weight": k_weight,
+            "q_weight": None if self.normalised else q_weight,
+            "k_weight": None if self.normalised else k_weight,
             "angles": Angles(
                 _turns(self.frames, time_pairs, generator).to(device),
                 _turns(self.frame_tokens, self.head_dim // 2 - time_pairs, generator).to(device),
@@ -86,16 +87,17 @@ def in_torch(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Rotated q and k by the same maths in torch at the arguments' precision: the yardstick for a kernel's error."""
     cos, sin = (table.to(arguments["q"].dtype)[:, None] for table in arguments["angles"].table())
 
-    def rotated(x: Tensor, weight: Tensor) -> Tensor:
+    def rotated(x: Tensor, weight: Tensor | None) -> Tensor:
         flat = x.flatten(-2)
-        even, odd = F.rms_norm(flat, flat.shape[-1:], weight, EPS).view_as(x).unflatten(-1, (-1, 2)).unbind(-1)
+        normed = flat if weight is None else F.rms_norm(flat, flat.shape[-1:], weight, EPS)
+        even, odd = normed.view_as(x).unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
     return rotated(arguments["q"], arguments["q_weight"]), rotated(arguments["k"], arguments["k_weight"])
 
 
 def model_cases(sizes: ModelSizes) -> tuple[Case, ...]:
-    """The block of every picture size, into the last slot of a full ring."""
+    """The block of every picture size, into the last slot of a full ring, and its share of the heads on two GPUs."""
     cases = []
     for tokens in sizes.block_tokens:
         frame_tokens = tokens // sizes.block_frames
@@ -111,6 +113,7 @@ def model_cases(sizes: ModelSizes) -> tuple[Case, ...]:
         padded = padded_to_tile(tokens)
         e4m3 = replace(case, cache_tokens=sizes.ring_blocks * padded, start=(sizes.ring_blocks - 1) * padded)
         cases += [case, replace(e4m3, name=f"{tokens} tokens, e4m3 cache", quantized=True)]
+        cases.append(replace(case, name=f"{tokens} tokens, half the heads", heads=sizes.heads // 2, normalised=True))
     return tuple(cases)
 
 
@@ -124,6 +127,7 @@ CASES = (
     Case("inside", heads=2, head_dim=64, frames=2, frame_tokens=5, cache_tokens=63, start=31),
     Case("wrapping", heads=3, head_dim=32, frames=3, frame_tokens=9, cache_tokens=55, start=50),
     Case("head of 128", heads=5, head_dim=128, frames=1, frame_tokens=13, cache_tokens=26, start=13),
+    Case("normalised", heads=3, head_dim=64, frames=2, frame_tokens=7, cache_tokens=21, start=11, normalised=True),
     Case("one token", heads=1, head_dim=128, frames=1, frame_tokens=1, cache_tokens=1, start=0),
     Case("e4m3, a tile", heads=3, head_dim=64, frames=2, frame_tokens=64, cache_tokens=384, start=128, quantized=True),
     Case("e4m3, awkward", heads=2, head_dim=32, frames=3, frame_tokens=47, cache_tokens=512, start=256, quantized=True),
@@ -136,5 +140,16 @@ CASES = (
         cache_tokens=256,
         start=100,
         quantized=True,
+    ),
+    Case(
+        "e4m3, normalised",
+        heads=5,
+        head_dim=32,
+        frames=3,
+        frame_tokens=45,
+        cache_tokens=512,
+        start=256,
+        quantized=True,
+        normalised=True,
     ),
 )

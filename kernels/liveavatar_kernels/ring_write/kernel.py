@@ -1,4 +1,7 @@
-"""Ring write in Triton: programs normalise, rotate and store tokens, and others the tiles of e4m3 values."""
+"""Ring write in Triton: programs normalise, rotate and store tokens, and others the tiles of e4m3 values.
+
+Tokens that come normalised are only rotated and stored; no weight is read then.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,13 @@ _QUANTIZED_POINTERS = {"cache_k_ptr": "*fp8e4nv", "cache_v_ptr": "*fp8e4nv"}
 
 
 @triton.jit
-def _normalised(x_ptr, weight_ptr, eps, offsets, mask, DIM: tl.constexpr):
+def _normalised(x_ptr, weight_ptr, eps, offsets, mask, DIM: tl.constexpr, NORMALISE: tl.constexpr):
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean_square = tl.sum(tl.sum(x * x, axis=2, keep_dims=True), axis=1, keep_dims=True) / DIM
-    return x * tl.math.rsqrt(mean_square + eps) * weight
+    if NORMALISE:
+        weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        mean_square = tl.sum(tl.sum(x * x, axis=2, keep_dims=True), axis=1, keep_dims=True) / DIM
+        x = x * tl.math.rsqrt(mean_square + eps) * weight
+    return x
 
 
 @triton.jit
@@ -72,6 +77,7 @@ def write_tokens(
     SPACE_PAIRS: tl.constexpr,
     QUANTIZED: tl.constexpr,
     ROWS: tl.constexpr,
+    NORMALISE: tl.constexpr,
 ):
     """ROWS tokens: q -> rotated, k -> its slot, v -> its slot unless the cache is quantised."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None]
@@ -88,14 +94,14 @@ def write_tokens(
     sin = tl.load(time + TIME_PAIRS, mask=temporal, other=0.0)
     sin += tl.load(space + SPACE_PAIRS, mask=spatial, other=0.0)
 
-    q = _normalised(q_ptr + token * q_stride, q_weight_ptr, eps, offsets, mask, HEADS * HEAD_DIM)
+    q = _normalised(q_ptr + token * q_stride, q_weight_ptr, eps, offsets, mask, HEADS * HEAD_DIM, NORMALISE)
     q = _rotated(q, cos, sin, ROWS, HEAD_ROWS, HEAD_DIM)
     tl.store(rotated_ptr + token * HEADS * HEAD_DIM + offsets, q.to(rotated_ptr.dtype.element_ty), mask=mask)
 
     slot = tl.load(at_ptr).to(tl.int64)
     position = tl.load(at_ptr + 1) + token
     position = tl.where(position >= cache_tokens, position - cache_tokens, position)
-    k = _normalised(k_ptr + token * k_stride, k_weight_ptr, eps, offsets, mask, HEADS * HEAD_DIM)
+    k = _normalised(k_ptr + token * k_stride, k_weight_ptr, eps, offsets, mask, HEADS * HEAD_DIM, NORMALISE)
     k = _rotated(k, cos, sin, ROWS, HEAD_ROWS, HEAD_DIM)
     k_out = cache_k_ptr + slot * k_slot_stride + position * k_token_stride + head * k_head_stride + lane
     if QUANTIZED:
@@ -166,8 +172,8 @@ def ring_write(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     angles: Angles,
     cache: KeyValueCache,
     at: Tensor,
@@ -185,8 +191,8 @@ def ring_write(
         q,
         k,
         v,
-        q_weight,
-        k_weight,
+        q if q_weight is None else q_weight,
+        k if k_weight is None else k_weight,
         angles.time,
         angles.space,
         at,
@@ -208,6 +214,7 @@ def ring_write(
         TIME_PAIRS=angles.time.shape[-1],
         SPACE_PAIRS=angles.space.shape[-1],
         QUANTIZED=cache.quantized,
+        NORMALISE=q_weight is not None,
         num_warps=warps,
     )
     if cache.quantized:
@@ -242,24 +249,9 @@ def _tiling(heads: int, head_dim: int, device: str, rows: int | None = None) -> 
 
 
 def aot_specs(sizes: ModelSizes, capability: int) -> list[KernelSpec]:
-    """The kernels of a block at `sizes` on sm_`capability`."""
-    constexprs, warps = _tiling(sizes.heads, sizes.head_dim, "cuda")
-    specs = [
-        kernel_spec(
-            f"ring_write tokens {'e4m3' if quantized else 'bf16'} cache",
-            write_tokens,
-            "bf16",
-            {
-                **constexprs,
-                "TIME_PAIRS": sizes.time_pairs,
-                "SPACE_PAIRS": sizes.space_pairs,
-                "QUANTIZED": quantized,
-            },
-            {"num_warps": warps},
-            _POINTERS | (_QUANTIZED_POINTERS if quantized else {}),
-        )
-        for quantized in ((False, True) if capability >= E4M3_CAPABILITY else (False,))
-    ]
+    """The kernels of a block at `sizes` on sm_`capability`, and those of half the heads, which come normalised."""
+    dtypes = (False, True) if capability >= E4M3_CAPABILITY else (False,)
+    specs = [_tokens_spec(sizes, normalise, quantized) for normalise in (True, False) for quantized in dtypes]
     if capability >= E4M3_CAPABILITY:
         specs.append(
             kernel_spec(
@@ -272,3 +264,21 @@ def aot_specs(sizes: ModelSizes, capability: int) -> list[KernelSpec]:
             )
         )
     return specs
+
+
+def _tokens_spec(sizes: ModelSizes, normalise: bool, quantized: bool) -> KernelSpec:
+    constexprs, warps = _tiling(sizes.heads if normalise else sizes.heads // 2, sizes.head_dim, "cuda")
+    return kernel_spec(
+        f"ring_write {'tokens' if normalise else 'normalised tokens'} {'e4m3' if quantized else 'bf16'} cache",
+        write_tokens,
+        "bf16",
+        {
+            **constexprs,
+            "TIME_PAIRS": sizes.time_pairs,
+            "SPACE_PAIRS": sizes.space_pairs,
+            "QUANTIZED": quantized,
+            "NORMALISE": normalise,
+        },
+        {"num_warps": warps},
+        _POINTERS | (_QUANTIZED_POINTERS if quantized else {}),
+    )

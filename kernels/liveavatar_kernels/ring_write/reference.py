@@ -15,8 +15,8 @@ def ring_write(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     angles: Angles,
     cache: KeyValueCache,
     at: Tensor,
@@ -26,7 +26,7 @@ def ring_write(
     """As the op; arithmetic in float32, or float64 for float64 input. Reads `at` on the host."""
     cos, sin = angles.table()
     rotated_q, rotated_k = (
-        rotate_pairs(_whole_dim_rms_norm(x, weight, eps), cos, sin) for x, weight in ((q, q_weight), (k, k_weight))
+        rotate_pairs(_normalised(x, weight, eps), cos, sin) for x, weight in ((q, q_weight), (k, k_weight))
     )
     slot, start = at.tolist()
     if cache.quantized:
@@ -39,11 +39,13 @@ def ring_write(
     return rotated_q.to(q.dtype)
 
 
-def _whole_dim_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last two axes of [..., heads, head_dim] together: float32, float64 stays."""
-    flat = x.flatten(-2)
-    wide = flat if flat.dtype == torch.float64 else flat.float()
-    return F.rms_norm(wide, flat.shape[-1:], weight.to(wide.dtype), eps).view_as(x)
+def _normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm over all heads of [..., heads, head_dim] together where a weight is given; in float32 or float64."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    if weight is None:
+        return wide
+    flat = wide.flatten(-2)
+    return F.rms_norm(flat, flat.shape[-1:], weight.to(wide.dtype), eps).view_as(x)
 
 
 def _store_quantized(cache: KeyValueCache, slot: int, start: int, k: Tensor, v: Tensor) -> None:

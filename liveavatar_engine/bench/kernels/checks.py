@@ -171,8 +171,9 @@ def judge_ring_write(case: Any, arguments: Arguments) -> Judge:
     slots, slot = case.slots(), int(arguments["at"][0])
     shape = (2, case.cache_tokens, case.heads, case.head_dim)
     wide = torch.float64 if math.prod(shape) <= _WIDE_ELEMENTS else torch.float32
-    floats = {name: arguments[name].to(wide) for name in ("q", "k", "v", "q_weight", "k_weight")}
-    k, v = torch.full((2, *shape), float("nan"), dtype=wide, device=floats["q"].device)
+    wanted = {name: arguments[name] for name in ("q", "k", "v", "q_weight", "k_weight")}
+    floats = {name: None if tensor is None else tensor.to(wide) for name, tensor in wanted.items()}
+    k, v = torch.full((2, *shape), float("nan"), dtype=wide, device=arguments["q"].device)
     exact_q = ring_write.reference.ring_write(**{**arguments, **floats, "cache": KeyValueCache(k, v)})
     exact_k = k[slot, slots]
     plain_q, plain_k = ring_write_cases.in_torch(arguments)

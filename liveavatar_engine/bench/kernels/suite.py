@@ -17,8 +17,8 @@ import torch
 from liveavatar_kernels.model_sizes import WAN_14B
 
 from ...errors import ConfigError
+from ...files import write_atomically
 from ..bench import Bench
-from ..files import write_atomically
 from ..results import Figure, Run
 from . import choose, report, targets
 from .rows import Row, failures, with_ratios

@@ -85,7 +85,12 @@ TARGETS = (
     ),
     Target("norm_copy_share", "norms: share of the bandwidth of a copy", subjects.MODULATED_NORM, _copy_share, 0.8),
     Target(
-        "ring_write_copy_share", "ring write: share of the bandwidth of a copy", subjects.RING_WRITE, _copy_share, 0.8
+        "ring_write_copy_share",
+        "ring write: share of the bandwidth of a copy",
+        subjects.RING_WRITE,
+        _copy_share,
+        0.8,
+        lambda case: not case.normalised,
     ),
     Target(
         "vae_norm_copy_share", "VAE norm: share of the bandwidth of a copy", subjects.CHANNEL_NORM, _copy_share, 0.8

@@ -1,0 +1,1 @@
+"""Timestep-forcing pipeline parallel: denoise steps and the decoder spread over several devices."""

@@ -1,0 +1,55 @@
+"""What processes of a pipeline tell each other: small facts and tensors, as bytes.
+
+A record is a JSON header and, if it carries tensors, a safetensors file behind it. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+_LENGTH_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Record:
+    """A message.
+
+    Attributes:
+        kind: what it says.
+        fields: JSON values.
+        tensors: any dtype; they arrive on the CPU.
+    """
+
+    kind: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.fields[name]
+
+    def encode(self) -> bytes:
+        """As bytes; waits for tensors on a GPU."""
+        header = json.dumps([self.kind, dict(self.fields)]).encode()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        body = safetensors.torch.save(tensors) if tensors else b""
+        return b"".join((len(header).to_bytes(_LENGTH_BYTES, "little"), header, body))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Record:
+        """What `encode` made."""
+        start = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
+        kind, fields = json.loads(data[_LENGTH_BYTES:start])
+        body = data[start:]
+        return cls(kind, fields, safetensors.torch.load(body) if body else {})
+
+
+def conditions_tensors(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that are there."""
+    return {name: tensor.to(torch.device("cpu")) for name, tensor in tensors.items() if tensor is not None}

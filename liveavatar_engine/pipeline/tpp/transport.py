@@ -1,0 +1,68 @@
+"""What carries latents between two devices, and shares of a step between several: NCCL between GPUs, gloo elsewhere.
+
+Backends are made directly over a store, without torch's global process group: a process can have many, and whoever
+embeds the engine keeps their own.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...runtime.group import Backend as GroupBackend
+
+_NO_TIMEOUT = timedelta(days=365)
+"""A dead peer is noticed by its connection; how long a stream is idle says nothing."""
+_CTAS = 2
+"""Thread blocks that a transfer may occupy beside a denoise step."""
+
+
+class Work(Protocol):
+    """A transfer that has been started."""
+
+    def wait(self) -> bool:
+        """Let the current stream wait for it; without streams, the caller."""
+        ...
+
+
+class Backend(GroupBackend, Protocol):
+    """Transfers tensors within a group of ranks."""
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> Work: ...
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> Work: ...
+
+    def shutdown(self) -> None: ...
+
+
+def open_backend(
+    device: torch.device, store: dist.Store, name: str, rank: int, size: int, host: str, *, beside: bool = True
+) -> Backend:
+    """A backend for tensors on `device`, shared by `size` processes that name it alike.
+
+    Args:
+        device: of the tensors; the kind is the same in all processes.
+        store: that all of them reach.
+        name: of the group.
+        rank: of this process in it.
+        size: of the group.
+        host: an address of this machine that the others reach.
+        beside: whether its transfers go on beside other work, for which they leave most of a GPU.
+    """
+    prefixed = dist.PrefixStore(name, store)
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options.is_high_priority_stream = True
+        if beside:
+            options.config.min_ctas = 1
+            options.config.max_ctas = _CTAS
+        with torch.cuda.device(device):
+            return cast(Backend, dist.ProcessGroupNCCL(prefixed, rank, size, options))
+    gloo: Any = vars(dist.ProcessGroupGloo)["_Options"]()
+    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    gloo._timeout = _NO_TIMEOUT
+    return cast(Backend, dist.ProcessGroupGloo(prefixed, rank, size, gloo))
