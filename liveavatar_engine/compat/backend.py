@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,6 +55,7 @@ class Backend:
         self._wanted: EngineConfig | None = None
         self._window: tuple[int, AudioWindow] | None = None
         self._clips: ClipMaker | None = None
+        self._closing: weakref.finalize[..., Backend] | None = None
 
     @property
     def loaded(self) -> Engine | None:
@@ -85,7 +87,7 @@ class Backend:
             self._load(wanted)
         elif self._engine.config.steps != wanted.steps:
             self._clips = None
-            self._engine = _with_steps(self._engine, wanted.steps)
+            self._keep(_with_steps(self._engine, wanted.steps))
         self._wanted = wanted
         assert self._engine is not None
         return self._engine
@@ -140,13 +142,20 @@ class Backend:
     def _load(self, wanted: EngineConfig) -> None:
         from ..pipeline.engine import Engine
 
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = self._window = self._clips = None
+        if self._closing is not None:
+            self._closing()
+        self._engine = self._window = self._clips = self._closing = None
         adapter = self._noise_model.adapter
         file, scale = (None, None) if adapter is None else (adapter.file, adapter.scale)
-        self._engine = Engine.from_pretrained(self._found.root, file, wanted, lora_scale=scale)
+        engine = Engine.from_pretrained(self._found.root, file, wanted, lora_scale=scale, join_job=False)
         self._noise_model.settle()
+        self._keep(engine)
+
+    def _keep(self, engine: Engine) -> None:
+        """Take an engine, which is closed, with its workers, when nobody needs this backend any more."""
+        if self._closing is not None:
+            self._closing.detach()
+        self._engine, self._closing = engine, weakref.finalize(self, engine.close)
 
 
 def _with_steps(engine: Engine, steps: int) -> Engine:

@@ -111,7 +111,7 @@ class Pipeline:
         found = Checkpoint(Path(checkpoint_dir))
         self._noise_model = NoiseModel(found, config.param_dtype, config.num_frames_per_block)
         self._backend = Backend(found, self._noise_model, config.text_len)
-        self.device = torch.device(one_device(device_id, rank).devices[0])
+        self.device = torch.device(one_device(device_id).devices[0])
         self.text_encoder = TextEncoderView(self._any_engine, self._backend)
         self.vae = VaeView(self._any_engine)
         self.audio_encoder = AudioEncoderView(self._any_engine)
@@ -209,7 +209,7 @@ class Pipeline:
         """An engine for its encoders: the one at hand, else one with settings that a video may change."""
         if self._backend.loaded is not None:
             return self._backend.loaded
-        layout = one_device(self.device_id, self.rank)
+        layout = one_device(self.device_id)
         distance = self.sink_distance
         wanted = self._backend.settings(layout, _ANY_STEPS, _ANY_SIDES, offload=True, sink_distance=distance)
         return self._backend.engine(wanted)

@@ -24,8 +24,9 @@ from .arguments import Arguments, BlockwiseArguments, TppArguments, taking
 from .base import Pipeline
 from .clips import ClipVideo
 from .columns import NoiseFirst, called_samples
-from .devices import Layout, one_device, pipeline_over_job
+from .devices import Layout, one_device, pipeline_layout, processes
 from .inputs import Inputs
+from .ranks import Ranks
 
 
 class WanS2V(Pipeline):
@@ -47,7 +48,7 @@ class WanS2V(Pipeline):
             CheckpointError, DeviceMemoryError: at the first call, of what is loaded.
         """
         inputs = self._read(arguments, arguments.num_repeat)
-        engine = self._engine(one_device(self.device_id, self.rank), arguments, inputs)
+        engine = self._engine(one_device(self.device_id), arguments, inputs)
         video = ClipVideo(
             self._backend.clip_maker(engine, inputs.geometry),
             inputs,
@@ -100,18 +101,31 @@ class TppWanS2V(_Streaming):
 
     _reference_frames = 1
     _source_frames = MOTION_FRAMES
+    _ranks: Ranks | None = None
 
     @taking(TppArguments)
     def generate(self, arguments: TppArguments) -> tuple[Tensor | None, dict[str, Any]]:
-        """As `WanS2V.generate`; in a job of several processes, the video is returned where the reference returns it."""
-        layout = pipeline_over_job(self.device_id, arguments.num_gpus_dit, arguments.enable_vae_parallel)
+        """As `WanS2V.generate`; in a job of several processes, the video is returned where the reference returns it.
+
+        Raises:
+            InputError, ConfigError, ...: as `WanS2V.generate`; in a job, on all ranks.
+        """
+        if self._ranks is None and processes() > 1:
+            self._ranks = Ranks()
+        ranks = self._ranks
+        layout = pipeline_layout(self.device_id, ranks, arguments.num_gpus_dit, arguments.enable_vae_parallel)
+        if ranks is None:
+            return self._video(layout, arguments), {}
+        return ranks.video(lambda: self._video(layout, arguments), layout.receiver), {}
+
+    def _video(self, layout: Layout, arguments: TppArguments) -> Tensor:
         inputs = self._read(arguments, arguments.num_repeat)
         engine = self._engine(layout, arguments, inputs)
         features = self._spoken(engine, inputs)
         whole = _Whole(inputs)
         for frames in self._stream(engine, inputs, features, self._pose(engine, arguments, inputs), inputs.clips):
             whole.add(frames)
-        return whole.video if layout.gets_video else None, {}
+        return whole.video
 
 
 class BlockwiseWanS2V(_Streaming):
@@ -137,7 +151,12 @@ class BlockwiseWanS2V(_Streaming):
         """
         if not isinstance(self.noise_clips, int) or self.noise_clips < 0:
             raise ConfigError(f"noise_clips must be an integer, at least 0, not {self.noise_clips!r}")
-        layout = pipeline_over_job(self.device_id, arguments.num_gpus_dit, arguments.enable_vae_parallel)
+        if processes() > 1:
+            raise ConfigError(
+                f"a job of {processes()} processes: the live pipeline runs in one, which starts a worker for each of "
+                "the GPUs that num_gpus_dit and enable_vae_parallel ask for; start it without torchrun"
+            )
+        layout = pipeline_layout(self.device_id, None, arguments.num_gpus_dit, arguments.enable_vae_parallel)
         inputs = self._read(arguments, None, listens=self.get_audio_callback is not None)
         return self._chunks(layout, arguments, inputs)
 

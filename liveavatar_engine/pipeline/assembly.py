@@ -54,13 +54,16 @@ class Parts:
     encoders: Encoders
 
 
-def assemble(source: Source, config: EngineConfig, progress: LoadProgress | None, *, trace: bool) -> Parts:
+def assemble(
+    source: Source, config: EngineConfig, progress: LoadProgress | None, job: Job | None, *, trace: bool
+) -> Parts:
     """Load what a configuration asks for, after everything has been checked that can be.
+
+    Where there is a `job` and several devices, its processes are the workers.
 
     Raises:
         CheckpointError, ConfigError, DeviceMemoryError: see `Engine.from_pretrained`.
     """
-    job = Job.current()
     names = device_names(config, job)
     if len(names) > 1:
         if job is not None and job.rank > 0:

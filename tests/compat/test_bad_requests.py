@@ -124,11 +124,11 @@ def test_a_checkpoint_that_is_not_whole(tmp_path: Path) -> None:
         WanS2V(reference_config(), tmp_path)
 
 
-def test_a_job_of_several_processes(checkpoint: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_live_pipeline_in_a_job(checkpoint: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 5)
-    with pytest.raises(ConfigError, match="a job of 5 processes: .* --nproc_per_node=1"):
-        TppWanS2V(reference_config(), checkpoint).generate(**files.arguments())
+    with pytest.raises(ConfigError, match="a job of 5 processes: the live pipeline runs in one"):
+        BlockwiseWanS2V(reference_config(), checkpoint).generate(**files.arguments())
 
 
 @pytest.mark.parametrize(
