@@ -83,11 +83,12 @@ class Backend:
 
     def engine(self, wanted: EngineConfig) -> Engine:
         """An engine with these settings; weights are loaded only if there is none with the same ones."""
-        if self._engine is None or not self._serves(self._engine, wanted):
+        current = self._engine
+        if current is None or not self._serves(current, wanted):
             self._load(wanted)
-        elif self._engine.config.steps != wanted.steps:
+        elif current.config.steps != wanted.steps:
             self._clips = None
-            self._keep(_with_steps(self._engine, wanted.steps))
+            self._keep(_with_steps(current, wanted.steps))
         self._wanted = wanted
         assert self._engine is not None
         return self._engine

@@ -232,7 +232,10 @@ def _check_options(
         if asked:
             raise ConfigError(f"{name}=True: weights are not sharded; leave it out (t5_cpu keeps T5's on the host)")
     if use_sp or sp_size not in (None, 1):
-        raise ConfigError(f"use_sp={use_sp}, sp_size={sp_size}: sequence parallelism is not available; leave it out")
+        raise ConfigError(
+            f"use_sp={use_sp}, sp_size={sp_size}: leave it out, as the reference's scripts have to; Engine shares "
+            "steps between GPUs (EngineConfig.sequence_parallel)"
+        )
     if is_training:
         raise ConfigError("is_training=True: this backend does not train")
     if offload_kv_cache:

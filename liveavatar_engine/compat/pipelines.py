@@ -28,6 +28,9 @@ from .devices import Layout, one_device, pipeline_layout, processes
 from .inputs import Inputs
 from .ranks import Ranks
 
+_ABOVE = 0.01
+"""Of a level of 255 by which values lie above it; see `as_video`."""
+
 
 class WanS2V(Pipeline):
     """The single-GPU pipeline: each clip is decoded behind the video before it, encoded again.
@@ -217,6 +220,3 @@ def as_video(frames: np.ndarray) -> Tensor:
     """
     levels = torch.from_numpy(frames).permute(3, 0, 1, 2).float()
     return ((levels + _ABOVE) / 127.5 - 1).clamp(max=1)
-
-
-_ABOVE = 0.01

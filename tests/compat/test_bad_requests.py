@@ -93,7 +93,7 @@ def test_unknown_arguments(pipeline: WanS2V) -> None:
     [
         ({"t5_fsdp": True}, "t5_fsdp=True: weights are not sharded"),
         ({"dit_fsdp": True}, "dit_fsdp=True: weights are not sharded"),
-        ({"use_sp": True}, "use_sp=True, sp_size=None: sequence parallelism is not available"),
+        ({"use_sp": True}, "use_sp=True, sp_size=None: leave it out"),
         ({"sp_size": 2}, "sp_size=2"),
         ({"is_training": True}, "is_training=True: this backend does not train"),
         ({"offload_kv_cache": True}, "offload_kv_cache=True: rings stay on the device"),
