@@ -26,7 +26,7 @@ from ..config.geometry import FRAMES_PER_SECOND
 from ..denoise.executor import StepExecutor
 from ..denoise.noise import check_seed
 from ..denoise.stream import Conditions, SinkPolicy
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError, InputError, LiveAvatarError
 from ..runtime.graphs import recorder
 from ..weights.network import LoadProgress
 from . import inputs
@@ -138,6 +138,11 @@ class Engine:
     def workers(self) -> list[WorkerInfo]:
         """The processes that work for this engine, by rank; none on a single device."""
         return self._runner.workers()
+
+    @property
+    def failure(self) -> LiveAvatarError | None:
+        """Why sessions end with an error and none can be opened: a worker process has failed. None: all is well."""
+        return self._runner.failure
 
     def restart(self) -> None:
         """Start the worker processes again, after one has failed, or at any time: sessions that are open end.

@@ -220,3 +220,17 @@ def test_a_closed_engine_opens_no_session(checkpoint: Path, face: np.ndarray) ->
         engine.open_session(face)
     with pytest.raises(ConfigError, match="no workers"):
         engine.restart()
+
+
+def test_a_closed_or_drained_engine_on_one_device_ends_its_sessions_alike(checkpoint: Path, face: np.ndarray) -> None:
+    engine = _engine(checkpoint, 1, max_sessions=2)
+    drained, closed = (engine.generate(face, speech(3.0)) for _ in range(2))
+    next(drained)
+    next(closed)
+    engine.drain()
+    assert list(drained) == []
+    with pytest.raises(SessionError, match="drained"):
+        engine.open_session(face)
+    engine.close()
+    with pytest.raises(SessionError, match="the engine is closed"):
+        next(closed)
