@@ -82,9 +82,9 @@ class Backend:
         )
 
     def engine(self, wanted: EngineConfig) -> Engine:
-        """An engine with these settings; weights are loaded only if there is none with the same ones."""
+        """An engine with these settings; weights are loaded only if there is none that works with the same ones."""
         current = self._engine
-        if current is None or not self._serves(current, wanted):
+        if current is None or current.failure is not None or not self._serves(current, wanted):
             self._load(wanted)
         elif current.config.steps != wanted.steps:
             self._clips = None

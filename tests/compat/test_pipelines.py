@@ -23,6 +23,7 @@ from liveavatar_engine.denoise.executor import Denoiser, StepExecutor
 from liveavatar_engine.denoise.noise import BlockNoise
 from liveavatar_engine.denoise.schedule import flow_match_schedule
 from liveavatar_engine.denoise.stream import Conditions, LatentStream, SinkPolicy
+from liveavatar_engine.errors import WorkerError
 
 CLASSES = [WanS2V, TppWanS2V, BlockwiseWanS2V]
 
@@ -214,6 +215,15 @@ def test_the_number_of_steps_changes_without_loading_anew(pipelines, files: File
     _run(pipeline, files.arguments(max_repeat=1, sampling_steps=3))
     assert pipeline._backend.loaded.runner.network is network
     assert pipeline._backend.loaded.config.steps == 3
+
+
+def test_an_engine_that_has_failed_is_loaded_anew(pipelines, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = pipelines[TppWanS2V]
+    _run(pipeline, files.arguments(max_repeat=1, sampling_steps=1))
+    failed = pipeline._backend.loaded
+    monkeypatch.setattr(Engine, "failure", property(lambda self: WorkerError("gone") if self is failed else None))
+    _run(pipeline, files.arguments(max_repeat=1, sampling_steps=1))
+    assert pipeline._backend.loaded is not failed
 
 
 def test_only_rank_0_gets_the_single_gpu_video(checkpoint, files: Files) -> None:
