@@ -36,11 +36,13 @@ class Source:
         checkpoint: folder.
         lora: adapter to merge, or None.
         vae: of a light decoder, or None.
+        lora_scale: of the adapter, alpha / rank; None: what its file says.
     """
 
     checkpoint: Path
     lora: Path | None = None
     vae: Path | None = None
+    lora_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,16 @@ class Parts:
     encoders: Encoders
 
 
-def assemble(source: Source, config: EngineConfig, progress: LoadProgress | None, *, trace: bool) -> Parts:
+def assemble(
+    source: Source, config: EngineConfig, progress: LoadProgress | None, job: Job | None, *, trace: bool
+) -> Parts:
     """Load what a configuration asks for, after everything has been checked that can be.
+
+    Where there is a `job` and several devices, its processes are the workers.
 
     Raises:
         CheckpointError, ConfigError, DeviceMemoryError: see `Engine.from_pretrained`.
     """
-    job = Job.current()
     names = device_names(config, job)
     if len(names) > 1:
         if job is not None and job.rank > 0:
@@ -127,7 +132,9 @@ def _on_one(source: Source, config: EngineConfig, device: torch.device, progress
     _log.info("loading %s as %s on %s", found.root, precision.dtype, device)
     decoder = None if source.vae is None else load_decoder(source.vae, precision.decoder, device)
     encoders = Encoders.load(found, config, device)
-    network = load_network(found.root, source.lora, precision.dtype, device, progress, precision.fp8_skip)
+    network = load_network(
+        found.root, source.lora, precision.dtype, device, progress, precision.fp8_skip, lora_scale=source.lora_scale
+    )
     return Parts(config, OneDevice(config, network, decoder or encoders.vae), encoders)
 
 
@@ -148,7 +155,7 @@ def _on_many(
     here = len(names) if job is None else job.local_world_size
     decoders = [rank for rank in plan.ranks if rank.decoder is not None and rank.rank < here]
     device = resolve_device((local_name(decoders[0].device if decoders else names[here - 1]),))
-    weights = Weights(str(source.checkpoint.resolve()), _path(source.lora), _path(source.vae))
+    weights = Weights(str(source.checkpoint.resolve()), _path(source.lora), _path(source.vae), source.lora_scale)
     _log.info("loading %s on %s", found.root, ", ".join(f"{rank.device}: {rank.stage}" for rank in plan.ranks))
     encoders = Encoders.load(found, config, device)
     launcher: Launcher = Spawn() if job is None or job.world_size == 1 else job

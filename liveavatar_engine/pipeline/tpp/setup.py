@@ -32,6 +32,7 @@ class Weights:
         checkpoint: folder of the checkpoint; None with `sleeping`.
         lora: adapter to merge, or None.
         vae: file of a light decoder, or None.
+        lora_scale: of the adapter, alpha / rank; None: what its file says.
         sleeping: costs of stages that only take their time, in place of a model.
         model: of which they pretend to be.
     """
@@ -39,6 +40,7 @@ class Weights:
     checkpoint: str | None = None
     lora: str | None = None
     vae: str | None = None
+    lora_scale: float | None = None
     sleeping: StageCosts | None = None
     model: ModelConfig | None = None
 
@@ -117,7 +119,8 @@ def load_stages(setup: WorkerSetup, device: torch.device, progress: Progress) ->
         decoding = ModelDecoding(decoder, config, device)
     if rank.steps:
         lora = None if weights.lora is None else Path(weights.lora)
-        network = load_network(found.root, lora, precision.dtype, device, progress, precision.fp8_skip)
+        dtype, skip, scale = precision.dtype, precision.fp8_skip, weights.lora_scale
+        network = load_network(found.root, lora, dtype, device, progress, skip, lora_scale=scale)
         denoising = ModelDenoising(network, config, rank.steps, setup.sessions)
     return Stages(ModelConfig.from_file(found.config), denoising, decoding)
 
