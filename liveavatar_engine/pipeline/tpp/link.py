@@ -6,15 +6,20 @@ No read ever times out: an idle stream is silent.
 
 from __future__ import annotations
 
+import os
 import socket
+import struct
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 
 from .records import Record
 
 LOCALHOST = "127.0.0.1"
+_KNOCK_SECONDS = 5
+"""For who connects to a door to show that it knows the key."""
 Address = tuple[str, int]
 
 
@@ -27,7 +32,11 @@ class Link:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._sending = threading.Lock()
+        self._sending, self._receiving = threading.Lock(), threading.Lock()
+        with _socket_of(connection) as own:
+            own.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+            )  # a record does not wait until the last is acknowledged
 
     def send(self, record: Record) -> None:
         """Send a record, after those that were sent before.
@@ -36,26 +45,32 @@ class Link:
             LinkClosed: nobody is there to receive it.
         """
         data = record.encode()
-        try:
-            with self._sending:
+        with self._sending:
+            try:
                 self._connection.send_bytes(data)
-        except (OSError, ValueError):
-            raise LinkClosed from None
+            except OSError:
+                raise LinkClosed from None
 
     def receive(self) -> Record:
         """The next record; waits for it.
 
         Raises:
             LinkClosed: none will come.
+            ValueError: what has come is no record.
         """
-        try:
-            return Record.decode(self._connection.recv_bytes())
-        except (EOFError, OSError, ValueError):
-            raise LinkClosed from None
+        with self._receiving:
+            try:
+                data = self._connection.recv_bytes()
+            except (EOFError, OSError):
+                raise LinkClosed from None
+        return Record.decode(data)
 
     def close(self) -> None:
-        """Hang up; the other end sees it once it has read what was sent."""
-        self._connection.close()
+        """Hang up. Threads that send or receive see it at once, the other end when it has read what was sent."""
+        with suppress(OSError), _socket_of(self._connection) as own:
+            own.shutdown(socket.SHUT_RDWR)  # a connection that is closed while a thread reads from it stays open
+        with self._sending, self._receiving:
+            self._connection.close()
 
 
 class Door:
@@ -67,29 +82,47 @@ class Door:
     """
 
     def __init__(self, key: bytes, host: str = LOCALHOST) -> None:
-        self._listener = Listener((host, 0), authkey=key, backlog=64)
+        self._key, self._interrupted = key, threading.Event()
+        self._listener = Listener((host, 0), backlog=64)
         address = self._listener.address
         assert isinstance(address, tuple)
         self.address: Address = (host, int(address[1]))
 
     def accept(self) -> Link:
-        """The next process that connects and knows the key.
+        """The next process that connects and knows the key; others are turned away.
 
         Raises:
-            LinkClosed: `interrupt` has been called, or somebody without the key has knocked.
+            LinkClosed: `interrupt` has been called, or the door is closed.
         """
-        try:
-            return Link(self._listener.accept())
-        except (OSError, EOFError, AuthenticationError):
-            raise LinkClosed from None
+        while not self._interrupted.is_set():
+            try:
+                connection = self._listener.accept()
+            except OSError:
+                break
+            if self._knows_key(connection):
+                return Link(connection)
+        raise LinkClosed
 
     def interrupt(self) -> None:
         """Let `accept` return in another thread."""
+        self._interrupted.set()
         with suppress(OSError):
             socket.create_connection(self.address).close()
 
     def close(self) -> None:
         self._listener.close()
+
+    def _knows_key(self, connection: Connection) -> bool:
+        """Whether the other end does; who says nothing does not."""
+        try:
+            _limit_reading(connection, _KNOCK_SECONDS)
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
+            _limit_reading(connection, 0)
+        except (OSError, EOFError, AuthenticationError):
+            connection.close()
+            return False
+        return True
 
 
 def connect(address: Address, key: bytes) -> Link:
@@ -99,3 +132,17 @@ def connect(address: Address, key: bytes) -> Link:
         OSError: nobody listens there.
     """
     return Link(Client((address[0], address[1]), authkey=key))
+
+
+@contextmanager
+def _socket_of(connection: Connection) -> Iterator[socket.socket]:
+    """What a connection reads and writes, to set what it is like."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as own:
+        own.setblocking(True)  # whatever the process's default is
+        yield own
+
+
+def _limit_reading(connection: Connection, seconds: int) -> None:
+    """Let each read fail after so long; 0: never."""
+    with _socket_of(connection) as own:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, 0))

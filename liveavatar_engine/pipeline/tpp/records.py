@@ -37,8 +37,7 @@ class Record:
     def encode(self) -> bytes:
         """As bytes; waits for tensors on a GPU."""
         header = json.dumps([self.kind, dict(self.fields)]).encode()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        body = safetensors.torch.save(tensors) if tensors else b""
+        body = safetensors.torch.save(_apart(self.tensors)) if self.tensors else b""
         return b"".join((len(header).to_bytes(_LENGTH_BYTES, "little"), header, body))
 
     @classmethod
@@ -50,6 +49,13 @@ class Record:
         return cls(kind, fields, safetensors.torch.load(body) if body else {})
 
 
-def conditions_tensors(**tensors: Tensor | None) -> dict[str, Tensor]:
-    """Those that are there."""
-    return {name: tensor.to(torch.device("cpu")) for name, tensor in tensors.items() if tensor is not None}
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and no two in the same memory, which safetensors refuses."""
+    apart: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        memory = here.untyped_storage().data_ptr()
+        apart[name] = here.clone() if memory in taken else here
+        taken.add(memory)
+    return apart

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -39,15 +40,21 @@ class SharedFrames:
         Raises:
             OutputError: there is no room for them.
         """
-        folders = [folder for folder in (_SHARED_MEMORY, Path(tempfile.gettempdir())) if folder.is_dir()]
+        folders = (_SHARED_MEMORY, Path(tempfile.gettempdir()))
         for folder in folders:
-            with tempfile.NamedTemporaryFile(prefix="liveavatar-", dir=folder, delete=False) as file:
-                try:
-                    os.posix_fallocate(file.fileno(), 0, slots * slot_bytes)
-                    return cls(Path(file.name), slots, slot_bytes)
-                except OSError:
-                    Path(file.name).unlink()
+            with suppress(OSError):
+                return cls._create_in(folder, slots, slot_bytes)
         raise OutputError(f"frames of workers: no {slots * slot_bytes} bytes free in {' or '.join(map(str, folders))}")
+
+    @classmethod
+    def _create_in(cls, folder: Path, slots: int, slot_bytes: int) -> Self:
+        with tempfile.NamedTemporaryFile(prefix="liveavatar-", dir=folder, delete=False) as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, slots * slot_bytes)
+                return cls(Path(file.name), slots, slot_bytes)
+            except OSError:
+                Path(file.name).unlink()
+                raise
 
     def forget(self) -> None:
         """Remove the name; the memory lives as long as somebody has it open."""
