@@ -124,8 +124,7 @@ class TestLinks:
         with pytest.raises(LinkClosed):
             there.receive()
         with pytest.raises(LinkClosed):
-            for _ in range(1000):
-                there.send(Record("nobody listens"))
+            _send_on_and_on(there)
 
     @pytest.mark.parametrize("use", [Link.receive, lambda link: link.send(Record("none"))], ids=["receive", "send"])
     def test_a_closed_link_is_closed(self, ends: tuple[Link, Link], use) -> None:
@@ -155,6 +154,11 @@ class TestLinks:
             here.close()
             with pytest.raises(LinkClosed):
                 sent.result(2)
+
+
+def _send_on_and_on(link: Link) -> None:
+    for _ in range(1000):
+        link.send(Record("nobody listens"))
 
 
 def _shout(address: Address) -> None:

@@ -55,8 +55,11 @@ class _Buffers:
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, backend: Backend) -> None:
         self._backend = backend
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._shipments = [Shipment(torch.zeros(*shape, dtype=dtype, device=device)) for _ in range(BUFFERS)]
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def greet(self) -> None:
         """A first transfer, which connects the two ends; both must call it."""
@@ -72,6 +75,21 @@ class _Buffers:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
+class Credits:
+    """Transfers that the other end has room for; they outlive buffers, which are replaced when all of them are free."""
+
+    def __init__(self) -> None:
+        self._left = threading.Semaphore(BUFFERS)
+
+    def give(self) -> None:
+        """The other end has a free buffer again."""
+        self._left.release()
+
+    def take(self) -> None:
+        """Wait, on the host, until the other end has room for one more transfer."""
+        self._left.acquire()
+
+
 class LatentSender(_Buffers):
     """The end of a channel that latents leave from. `peer` is the other end's rank in the backend."""
 
@@ -81,7 +99,6 @@ class LatentSender(_Buffers):
         super().__init__(shape, dtype, device, backend)
         self._peer = peer
         self._free = threading.Semaphore(BUFFERS)
-        self._credits = threading.Semaphore(BUFFERS)
         self._ready = deque(self._shipments)
 
     def load(self, latents: Tensor) -> Shipment:
@@ -92,16 +109,8 @@ class LatentSender(_Buffers):
         shipment.mark()
         return shipment
 
-    def credit(self) -> None:
-        """The other end has a free buffer again."""
-        self._credits.release()
-
-    def await_credit(self) -> None:
-        """Wait, on the host, until the other end has room for one more transfer."""
-        self._credits.acquire()
-
     def send(self, shipment: Shipment) -> None:
-        """Transfer latents that are there; returns when their buffer is free again."""
+        """Transfer latents, for which a credit has been taken; returns when their buffer is free again."""
         with self._on_stream(), torch.inference_mode():
             self._transfer(shipment.wait())
             shipment.mark()

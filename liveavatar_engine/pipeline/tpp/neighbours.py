@@ -10,9 +10,8 @@ import torch.distributed as dist
 
 from ...config import StreamGeometry
 from ...runtime.group import BackendGroup, Group
-from .channel import LatentReceiver, LatentSender
+from .channel import Credits, LatentReceiver, LatentSender
 from .link import Address, Door, Link, connect
-from .outlet import Outlet
 from .records import Record
 from .stage_loop import Arrival, StageLoop
 from .trace import RECEIVE
@@ -137,7 +136,7 @@ class Neighbours:
         while True:
             loop.inbox.put(Arrival(link.receive()))
 
-    def read_credits(self, link: Link, outlet: Outlet, way: int) -> None:
+    def read_credits(self, link: Link, credits: Credits) -> None:
         """Take the credits of a stage after this one.
 
         Raises:
@@ -145,7 +144,7 @@ class Neighbours:
         """
         while True:
             link.receive()
-            outlet.senders[way].credit()
+            credits.give()
 
     def close(self) -> None:
         """Hang up."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...runtime.timing import DeviceClock, StageTimer
 from ...vae.delivery import Pending
-from .channel import LatentSender, Shipment
+from .channel import Credits, LatentSender, Shipment
 from .link import Link
 from .records import Record
 from .shared_frames import SharedFrames
@@ -45,6 +45,7 @@ class Outlet:
 
     Attributes:
         senders: carry latents to the stages after this one; set when it is known how large they are.
+        credits: for transfers to them.
         frames: where chunks are put for a front on the same machine.
     """
 
@@ -52,6 +53,7 @@ class Outlet:
         self, front: Link, upstream: Link | None, downstream: list[Link], clock: DeviceClock, trace: Trace
     ) -> None:
         self.senders: list[LatentSender] = []
+        self.credits = [Credits() for _ in downstream]
         self.frames: SharedFrames | None = None
         self.trace = trace
         self._front, self._upstream, self._downstream, self._clock = front, upstream, downstream, clock
@@ -103,7 +105,7 @@ class Outlet:
         self._give_credit()
         timings = self._measured(record, timer, dict(record.fields.get("timings", {})))
         with self.trace.span(WAIT, session, block, "a free buffer of the next stage"):
-            self.senders[way].await_credit()
+            self.credits[way].take()
         with self.trace.span(SEND, session, block):
             self._downstream[way].send(dataclasses.replace(record, fields={**record.fields, "timings": timings}))
             self.senders[way].send(shipment)

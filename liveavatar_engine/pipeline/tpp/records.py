@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 _LENGTH_BYTES = 4

@@ -113,8 +113,8 @@ class Worker:
             self._start("upstream", lambda: neighbours.read_upstream(upstream, loop))
         if leader is not None:
             self._start("leader", lambda: neighbours.read_leader(leader, loop))
-        for way, link in enumerate(neighbours.downstream):
-            self._start("credits", partial(neighbours.read_credits, link, outlet, way))
+        for link, credits in zip(neighbours.downstream, outlet.credits, strict=True):
+            self._start("credits", partial(neighbours.read_credits, link, credits))
         leaving = self._start("outlet", outlet.run)
         self._front.send(Record("ready"))
         with torch.inference_mode():
