@@ -32,22 +32,24 @@ class ThreadProcess:
     def __init__(self, rank: int, address: Address, key: bytes) -> None:
         self.rank = rank
         self._status: int | None = None
+        self._left = threading.Event()
         self.thread = threading.Thread(target=self._serve, args=(address, key), daemon=True)
         self.thread.start()
 
     def _serve(self, address: Address, key: bytes) -> None:
         Worker(connect(address, key), self.rank, key, LOCALHOST, leave=self._leave).serve()
-        self._status = self._status or 0
+        self._leave(self._status or 0)
 
     def _leave(self, status: int) -> None:
         self._status = status
+        self._left.set()
 
     def poll(self) -> int | None:
         return self._status
 
     def wait(self, seconds: float) -> int | None:
-        self.thread.join(seconds)
-        return None if self.thread.is_alive() else self._status
+        self._left.wait(seconds)
+        return self._status
 
     def kill(self) -> None:
         pass
@@ -101,7 +103,8 @@ def pipeline(
     """An open pipeline of sleeping stages."""
     names = tuple(f"cpu:{index}" for index in range(devices))
     config = EngineConfig(size="64x64", devices=names, **settings)
-    plan = make_plan(names, config.steps, costs, max_sessions=config.max_sessions)
+    spread = {"sequence_parallel": config.sequence_parallel, "max_sessions": config.max_sessions}
+    plan = make_plan(names, config.steps, costs, **spread)
     launcher = Threads() if threads else Spawn()
     made = ManyDevices(plan, config, Weights(sleeping=costs, model=MODEL), MODEL, launcher, CPU, trace=trace)
     try:

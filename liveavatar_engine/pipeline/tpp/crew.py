@@ -28,13 +28,19 @@ from .worker import host_name
 _log = logging.getLogger(__name__)
 SILENT_SECONDS = 5.0
 """Without a sign of life, after which a worker counts as hanging."""
+LOADING_SECONDS = 60.0
+"""The same while it starts, loads or warms up, where one call into a library can hold up a whole process."""
 STUCK_SECONDS = 8.0
 """In one block on a GPU, after which a worker counts as hanging; how long a CPU takes says nothing."""
 _GRACE_SECONDS = 0.4
 """From a first sign that something is wrong until it is clear whose fault it is."""
+_PAUSE_SECONDS = 1.0
+"""Between two looks of the watch, after which this process itself has been held up, and knows nothing of the others."""
+_KILL_SECONDS = 3.0
+"""For killed processes to be gone; one whose device's driver hangs may never be."""
 _END_SECONDS = 10.0
 """For workers to end what they have begun, when the engine is closed."""
-_STATES = ("beat", "failed", "drain", "spans")
+_LOADING = ("starting", "loading", "connecting", "warm_up")
 _SETUP = ("hello", "agreed", "loaded", "ready", "warmed", "ended")
 
 OnRecord = Callable[[int, Record], None]
@@ -103,7 +109,8 @@ class Crew:
         self._progress: Progress = lambda done, total: None
         self._suspicions: list[_Suspicion] = []
         self._suspected = threading.Condition()
-        self._closing = threading.Event()
+        self._started, self._closing = threading.Event(), threading.Event()
+        self._looked = time.monotonic()
         self._processes: list[Process] = []
         self._store: dist.TCPStore | None = None
 
@@ -133,14 +140,14 @@ class Crew:
             loaded = self._all("loaded")
             self._join({rank: (record["address"][0], record["address"][1]) for rank, record in loaded.items()})
             self._all("ready")
-        except (LinkClosed, WorkerError):
+            self._started.set()
+        except LinkClosed:
             self._raise_failure()
-        except BaseException:
-            self._closing.set()
-            self._kill()
-            raise
         finally:
             door.close()
+            if not self._started.is_set() and self.failure is None:
+                self._closing.set()
+                self._kill()
         _log.info("%d workers are ready: %s", len(self.plan), ", ".join(rank.stage for rank in self.plan.ranks))
 
     def workers(self) -> list[WorkerInfo]:
@@ -206,14 +213,9 @@ class Crew:
         waiting = threading.Thread(target=self._watch_start, args=(door,), daemon=True)
         waiting.start()
         while len(self._members) < len(self.plan):
-            try:
-                link = door.accept()
-            except LinkClosed:
-                if self._suspicions:
-                    raise
-                continue
+            link = door.accept()
             hello = link.receive()
-            self._offsets[hello["rank"]] = time.time() - hello["time"]
+            self._offsets[hello["rank"]] = 0.0 if hello["host"] == host_name() else time.time() - hello["time"]
             plan = self.plan.ranks[hello["rank"]]
             info = WorkerInfo(plan.rank, hello["pid"], hello["host"], plan.stage, plan.device)
             member = _Member(plan, link, info, time.monotonic())
@@ -341,9 +343,12 @@ class Crew:
             self._look_for_hangs()
 
     def _look_for_hangs(self) -> None:
-        now = time.monotonic()
+        now, before = time.monotonic(), self._looked
+        self._looked = now
         for rank, member in list(self._members.items()):
-            if now - member.last_beat > SILENT_SECONDS:
+            if now - before > _PAUSE_SECONDS:
+                member.last_beat = now  # its signs of life may be waiting to be read
+            if now - member.last_beat > (LOADING_SECONDS if member.doing in _LOADING else SILENT_SECONDS):
                 what = f"has given no sign of life for {now - member.last_beat:.1f} s"
                 self._suspect(_SILENT, rank, what, member.block)
             elif member.doing == "block" and member.plan.device.startswith("cuda") and member.busy > STUCK_SECONDS:
@@ -358,9 +363,9 @@ class Crew:
         message = f"rank {worst.rank} ({plan.stage} on {plan.device}{pid}){at}: {what}"
         failure = WorkerError(message, worst.rank, plan.stage, None if worst.block < 0 else worst.block)
         failure.__cause__ = worst.error
-        self.failure = failure
         _log.error("%s; all workers are ended", message)
         self._kill()
+        self.failure = failure
         self._on_failure(failure)
 
     def _how_it_ended(self, rank: int) -> str:
@@ -385,9 +390,13 @@ class Crew:
 
     def _kill(self, *, gently: bool = False) -> None:
         """End all processes; those that end by themselves get a moment."""
-        for process in self._processes:
-            if not gently or process.wait(_END_SECONDS) is None:
-                process.kill()
-        for member in self._members.values():
+        running = [process for process in self._processes if not gently or process.wait(_END_SECONDS) is None]
+        for process in running:
+            process.kill()
+        for member in list(self._members.values()):
             member.link.close()
+        deadline = time.monotonic() + _KILL_SECONDS
+        for process in running:
+            if process.wait(max(0.0, deadline - time.monotonic())) is None:
+                _log.error("rank %d: its process has been killed, but has not gone", process.rank)
         self._store = None

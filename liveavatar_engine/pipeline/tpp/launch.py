@@ -38,9 +38,8 @@ class Process:
             return None
 
     def kill(self) -> None:
-        """End it at once, whatever state it is in."""
+        """End it, whatever state it is in; does not wait until it has ended."""
         self._popen.kill()
-        self._popen.wait()
 
 
 class Launcher(Protocol):

@@ -109,14 +109,11 @@ class ManyDevices:
             geometry.heads_per_rank(self._config.sequence_parallel)
             if not self._streams.idle():
                 raise SessionError("sessions of another picture size are open; sizes cannot be mixed in an engine")
-            self._geometry = None
-            self._frames = {
-                rank.rank: SharedFrames.create(*self._slots(lane, geometry))
-                for lane in self.plan.lanes
-                for rank in lane.decoders
-                if self._crew.is_here(rank.rank)
-            }
+            self._geometry, self._frames = None, {}
             try:
+                for lane in self.plan.lanes:
+                    here = [rank.rank for rank in lane.decoders if self._crew.is_here(rank.rank)]
+                    self._frames |= {rank: SharedFrames.create(*self._slots(lane, geometry)) for rank in here}
                 records = {rank.rank: self._warm_up(rank.rank, geometry, actors, masked) for rank in self.plan.ranks}
                 self._crew.ask_all(records, "warmed")
             finally:
@@ -153,30 +150,36 @@ class ManyDevices:
         mask = order.conditions.actor_mask
         if self._crew.failure is not None:
             raise SessionError(f"the engine has lost its workers; restart() starts them again: {self._crew.failure}")
-        slot = self._streams.reserve()
+        streams = self._streams
+        slot = streams.reserve()
         try:
-            self.warm_up(order.geometry, 1 if mask is None else len(mask), mask is not None)
-            lane = self.plan.lanes[slot % len(self.plan.lanes)]
-            session = slot // len(self.plan.lanes)
-            window = self._window(lane)
-            decoder = lane.decoders[session % len(lane.decoders)].rank
-            berth = Berth(
-                session,
-                next(self._numbers),
-                range(session * window, (session + 1) * window),
-                self._streams.gates[slot % len(self.plan.lanes)],
-                partial(self._crew.send, lane.stages[0][0].rank),
-                partial(_read, self._frames.get(decoder)),
-            )
-            producer = PipelineProducer(
-                order, berth, self._config.early_first_frame, self._streams.ending.draining, self._device
-            )
-            self._streams.add(slot, berth.stream, producer)
+            with streams.opening:
+                self.warm_up(order.geometry, 1 if mask is None else len(mask), mask is not None)
+                berth = self._berth(slot)
+                producer = PipelineProducer(
+                    order, berth, self._config.early_first_frame, streams.ending.draining, self._device
+                )
+                streams.add(slot, berth.stream, producer)
+            producer.start()
         except BaseException:
-            self._streams.release(slot)
+            streams.release(slot)
             raise
-        producer.start()
         return producer
+
+    def _berth(self, slot: int) -> Berth:
+        """A stream's place: lanes take turns, and within a lane its decoders."""
+        lanes = self.plan.lanes
+        lane, session = lanes[slot % len(lanes)], slot // len(lanes)
+        window = self._window(lane)
+        decoder = lane.decoders[session % len(lane.decoders)].rank
+        return Berth(
+            session,
+            next(self._numbers),
+            range(session * window, (session + 1) * window),
+            self._streams.gates[slot % len(lanes)],
+            partial(self._crew.send, lane.stages[0][0].rank),
+            partial(_read, self._frames.get(decoder)),
+        )
 
     def spans(self) -> list[Span]:
         """What the workers have done since the last call, if they are traced."""
@@ -199,7 +202,7 @@ class _Streams:
         self.gates = [Gate() for _ in plan.lanes]
         self._plan = plan
         self.ending = Ending()
-        self.opening = threading.RLock()
+        self.opening = threading.RLock()  # from a warm-up until the stream that wanted it is here
         self.relay: Callable[[Record, int], None] = lambda record, slot: None
         self._slots = slots
         self._changed = threading.Condition(threading.RLock())
@@ -244,8 +247,9 @@ class _Streams:
             self._open[stream] = slot, producer
 
     def release(self, slot: int) -> None:
-        """A slot is free again."""
+        """A slot is free again, and the stream in it, if any, is gone."""
         with self._changed:
+            self._open = {stream: found for stream, found in self._open.items() if found[0] != slot}
             self._free.append(slot)
             self._changed.notify_all()
 
@@ -260,7 +264,6 @@ class _Streams:
                 return
             slot, producer = found
             if record.kind == "closed":
-                del self._open[record["stream"]]
                 self.release(slot)
                 return
         if record.kind == "chunk":
@@ -275,16 +278,17 @@ class _Streams:
     def fail(self, error: LiveAvatarError) -> None:
         """Tell all streams that nothing more will come."""
         with self._changed:
-            self._failure = error
+            if not isinstance(self._failure, WorkerError):
+                self._failure = error
             producers = [producer for _, producer in self._open.values()]
             self._changed.notify_all()
         for producer in producers:
             producer.fail(error)
 
     def wait_until_idle(self, seconds: float) -> None:
-        """Wait until the pipeline has let go of all streams."""
+        """Wait until the pipeline has let go of all streams, or has failed."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._open, seconds)
+            self._changed.wait_for(lambda: not self._open or isinstance(self._failure, WorkerError), seconds)
 
 
 def _relay(crew: Crew, plan: Plan, record: Record, slot: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...runtime.timing import DeviceClock, StageTimer
 from ...vae.delivery import Pending
+from .activity import BLOCK, Activity
 from .channel import Credits, LatentSender, Shipment
 from .link import Link
 from .records import Record
@@ -47,6 +48,7 @@ class Outlet:
         senders: carry latents to the stages after this one; set when it is known how large they are.
         credits: for transfers to them.
         frames: where chunks are put for a front on the same machine.
+        activity: the block that the device is waited for with, if it is.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Outlet:
         self.senders: list[LatentSender] = []
         self.credits = [Credits() for _ in downstream]
         self.frames: SharedFrames | None = None
+        self.activity = Activity()
         self.trace = trace
         self._front, self._upstream, self._downstream, self._clock = front, upstream, downstream, clock
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -73,8 +76,11 @@ class Outlet:
         self._tasks.put(None)
 
     def tell(self, record: Record) -> None:
-        """Tell the front something."""
-        self._tasks.put(lambda: self._front.send(record))
+        """Tell the front something; tensors are those that the current stream makes."""
+        made = [Shipment(tensor) for tensor in record.tensors.values()]
+        for tensor in made:
+            tensor.mark()
+        self._tasks.put(lambda: self._tell(record, made))
 
     def forward(self, record: Record) -> None:
         """Hand on a record of a session, behind its blocks so far."""
@@ -99,9 +105,16 @@ class Outlet:
         """Which of the stages after this one a session's records go to."""
         return int(record["session"]) % len(self._downstream)
 
+    def _tell(self, record: Record, made: list[Shipment]) -> None:
+        for tensor in made:
+            tensor.synchronize()
+        self._front.send(record)
+
     def _ship(self, record: Record, shipment: Shipment, timer: StageTimer) -> None:
         session, block, way = record["session"], record["block"], self._way(record)
+        self.activity = Activity(BLOCK, session, block)
         shipment.synchronize()
+        self.activity = Activity()
         self._give_credit()
         timings = self._measured(record, timer, dict(record.fields.get("timings", {})))
         with self.trace.span(WAIT, session, block, "a free buffer of the next stage"):
@@ -114,7 +127,9 @@ class Outlet:
         session, block = record["session"], record["block"]
         timings = self._measured(record, timer, dict(record.fields.get("timings", {})))
         for index, piece in enumerate(pieces):
+            self.activity = Activity(BLOCK, session, block)
             frames = piece.pending.wait()
+            self.activity = Activity()
             assert isinstance(frames, np.ndarray)
             timings = self._measured(record, piece.timer, timings)
             with self.trace.span(DELIVER, session, block):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from ...config import ModelConfig, StreamGeometry
 from ...errors import LiveAvatarError
 from ...runtime.group import Group
 from ...runtime.timing import StageTimer
+from .activity import BLOCK, FULL, IDLE, Activity
 from .channel import Shipment
 from .link import Link
 from .outlet import Outlet, Piece
@@ -30,22 +30,6 @@ class Arrival:
 
     record: Record
     latents: Shipment | None = None
-
-
-@dataclass(frozen=True)
-class Activity:
-    """What a stage is doing, since when (`time.monotonic`), and the session and block that it is, or was last, for.
-
-    -1 stands for none.
-    """
-
-    kind: str
-    session: int
-    block: int
-    since: float
-
-
-IDLE = "idle"
 
 
 class StageLoop:
@@ -76,11 +60,12 @@ class StageLoop:
         warmed: Callable[[StreamGeometry, Record], None],
     ) -> None:
         self.inbox: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
-        self.activity = Activity(IDLE, -1, -1, time.monotonic())
+        self._activity = Activity()
         self._model, self._denoising, self._decoding = model, denoising, decoding
         self._outlet, self._device, self._warmed = outlet, device, warmed
         self._mates, self._led, self._begun = mates, led, begun
         self._geometry: StreamGeometry | None = None
+        self._streams: dict[int, int] = {}
         self._failed: set[int] = set()
         self._handlers: dict[str, Callable[[Arrival], None]] = {
             "warm_up": self._warm_up,
@@ -96,6 +81,13 @@ class StageLoop:
     def trace(self) -> Trace:
         return self._outlet.trace
 
+    @property
+    def activity(self) -> Activity:
+        """What holds this stage up: what it does, or a block before that which its device has not done with."""
+        own, behind = self._activity, self._outlet.activity
+        older = behind.kind == BLOCK and (own.kind != BLOCK or behind.since < own.since)
+        return behind if older else own
+
     def run(self) -> None:
         """Work until STOP comes.
 
@@ -105,27 +97,41 @@ class StageLoop:
         while (arrival := self._next()).record is not STOP:
             record = arrival.record
             session = record.fields.get("session", -1)
-            block = record.fields.get("block", self.activity.block if session >= 0 else -1)
-            self.activity = Activity(record.kind, session, block, time.monotonic())
-            if record.kind == "block":
+            block = record.fields.get("block", self._activity.block if session >= 0 else -1)
+            self._activity = Activity(record.kind, session, block)
+            if record.kind == BLOCK:
                 self._begun()
             try:
-                if session in self._failed and record.kind not in ("open", "close"):
-                    self._drop(arrival)
-                else:
+                if self._is_wanted(record):
                     self._do(arrival)
+                else:
+                    self._drop(arrival)
             except LiveAvatarError as error:
                 if session < 0:
                     raise
-                self._failed.add(session)
-                if self._led:
-                    continue
-                fields = {"session": session, "stream": record["stream"], "block": block}
-                self._outlet.tell(
-                    Record("session_failed", {**fields, "error": type(error).__name__, "message": str(error)})
-                )
-                self._drop(arrival)
-            self.activity = Activity(IDLE, session, block, time.monotonic())
+                self._give_up(arrival, block, error)
+            self._activity = Activity(IDLE, session, block)
+
+    def _is_wanted(self, record: Record) -> bool:
+        """Whether a record is of no stream, or of one that has neither failed nor been closed.
+
+        A prompt, or the first latent, may have been sent when its stream was just being closed.
+        """
+        if record.kind == "open" or "stream" not in record.fields:
+            return True
+        session = record["session"]
+        is_open = self._streams.get(session) == record["stream"]
+        return is_open and (session not in self._failed or record.kind == "close")
+
+    def _give_up(self, arrival: Arrival, block: int, error: LiveAvatarError) -> None:
+        """Tell the front that a session cannot go on; the rank that leads this one, if any, tells it itself."""
+        record = arrival.record
+        self._failed.add(record["session"])
+        if not self._led:
+            fields = {"session": record["session"], "stream": record["stream"], "block": block}
+            fields |= {"error": type(error).__name__, "message": str(error)}
+            self._outlet.tell(Record("session_failed", fields))
+        self._drop(arrival)
 
     def _do(self, arrival: Arrival) -> None:
         """Do what a record says, and let mates do the same."""
@@ -142,7 +148,7 @@ class StageLoop:
                 return self.inbox.get()
 
     def _drop(self, arrival: Arrival) -> None:
-        if arrival.record.kind == "block" and not self._led:
+        if arrival.record.kind == BLOCK and not self._led:
             self._outlet.discard()
 
     def _pass_on(self, record: Record) -> None:
@@ -162,6 +168,7 @@ class StageLoop:
 
     def _open(self, arrival: Arrival) -> None:
         record = arrival.record
+        self._streams[record["session"]] = record["stream"]
         self._failed.discard(record["session"])
         self._pass_on(record)
         if self._denoising is not None:
@@ -186,6 +193,7 @@ class StageLoop:
                 self._outlet.tell(Record("first_latent", told, {"latent": latents[:, :1].clone()}))
         assert latents is not None
         if self._decoding is None:
+            self._activity = Activity(FULL, session, record["block"])
             self._outlet.ship(record, latents, timer)
             return
         made = []
@@ -223,6 +231,7 @@ class StageLoop:
 
     def _close(self, arrival: Arrival) -> None:
         record = arrival.record
+        del self._streams[record["session"]]
         self._failed.discard(record["session"])
         self._pass_on(record)
         if self._denoising is not None:

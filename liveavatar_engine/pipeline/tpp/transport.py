@@ -16,7 +16,7 @@ from torch import Tensor
 from ...runtime.group import Backend as GroupBackend
 
 _NO_TIMEOUT = timedelta(days=365)
-"""A dead peer is noticed by its connection; how long a stream is idle says nothing."""
+"""Whether a peer has died or hangs, the front finds out; how long it lets others wait says nothing."""
 _CTAS = 2
 """Thread blocks that a transfer may occupy beside a denoise step."""
 
@@ -53,10 +53,12 @@ def open_backend(
         host: an address of this machine that the others reach.
         beside: whether its transfers go on beside other work, for which they leave most of a GPU.
     """
+    store.set_timeout(_NO_TIMEOUT)
     prefixed = dist.PrefixStore(name, store)
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()
         options.is_high_priority_stream = True
+        options._timeout = _NO_TIMEOUT
         if beside:
             options.config.min_ctas = 1
             options.config.max_ctas = _CTAS

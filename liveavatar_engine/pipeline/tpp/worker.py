@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from ...config import StreamGeometry
 from ...errors import LiveAvatarError
 from ...runtime.timing import DeviceClock
 from ..device import local_name, resolve_device
+from .activity import Activity
 from .link import Door, Link, LinkClosed
 from .neighbours import Neighbours, Places
 from .outlet import Outlet
 from .records import Record
 from .setup import Stages, WorkerSetup, load_stages
 from .shared_frames import SharedFrames
-from .stage_loop import IDLE, STOP, Activity, Arrival, StageLoop
+from .stage_loop import STOP, Arrival, StageLoop
 from .trace import NoTrace, Trace, Tracer
 
 BEAT_SECONDS = 0.5
@@ -51,11 +53,14 @@ class Worker:
 
     def __init__(self, front: Link, rank: int, key: bytes, host: str, leave: Callable[[int], None] = os._exit) -> None:
         self._front, self._rank, self._key, self._host, self._leave = front, rank, key, host, leave
-        self._phase = Activity("starting", -1, -1, time.monotonic())
+        self._phase = Activity("starting")
+        self._parent = os.getppid()
+        self._device = torch.device("cpu")
         self._loop: StageLoop | None = None
         self._trace: Trace = NoTrace()
         self._clock_offset = 0.0
-        self._ending, self._drain = threading.Event(), threading.Event()
+        self._ending, self._drain, self._front_gone = threading.Event(), threading.Event(), threading.Event()
+        self._news = threading.Event()
 
     def drain(self) -> None:
         """Ask the front to finish what is under way; may be called by a signal handler."""
@@ -73,7 +78,9 @@ class Worker:
             )
             setup = WorkerSetup.decode(self._expect("setup").fields)
             torch.set_num_threads(setup.threads)
-            device = resolve_device((local_name(setup.rank.device),))
+            self._device = device = resolve_device((local_name(setup.rank.device),))
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
             self._front.send(Record("agreed"))
             self._clock_offset = self._expect("load")["clock_offset"]
             self._enter("loading")
@@ -83,18 +90,18 @@ class Worker:
             self._front.send(Record("loaded", {"address": list(door.address)}))
             join = self._expect("join")
             neighbours = Neighbours(Places.decode(join), door, self._key, self._host, device)
-            self._work(stages, neighbours, device, traced=join["trace"])
+            self._work(stages, neighbours, traced=join["trace"])
         except LinkClosed:
             self._leave(LOST_FRONT)
         except Exception as error:
             self._fail(error)
         finally:
-            self._ending.set()
+            self._end()
 
-    def _work(self, stages: Stages, neighbours: Neighbours, device: torch.device, *, traced: bool) -> None:
+    def _work(self, stages: Stages, neighbours: Neighbours, *, traced: bool) -> None:
         if traced:
             self._trace = Tracer(self._rank, clock=self._now)
-        clock = DeviceClock(device, self._now)
+        clock = DeviceClock(self._device, self._now)
         outlet = Outlet(self._front, neighbours.upstream, neighbours.downstream, clock, self._trace)
 
         def warmed(geometry: StreamGeometry, record: Record) -> None:
@@ -106,7 +113,8 @@ class Worker:
             stages.denoising.group = neighbours.group
         leader, mates = neighbours.leader, neighbours.mates
         works = stages.model, stages.denoising, stages.decoding
-        self._loop = loop = StageLoop(*works, outlet, device, mates, leader is not None, self._say, warmed)
+        begun = self._news.set
+        self._loop = loop = StageLoop(*works, outlet, self._device, mates, leader is not None, begun, warmed)
         self._start("front", lambda: self._read_front(loop))
         upstream = neighbours.upstream
         if upstream is not None:
@@ -117,9 +125,13 @@ class Worker:
             self._start("credits", partial(neighbours.read_credits, link, credits))
         leaving = self._start("outlet", outlet.run)
         self._front.send(Record("ready"))
-        with torch.inference_mode():
-            loop.run()
-        self._ending.set()
+        try:
+            with torch.inference_mode():
+                loop.run()
+        except LinkClosed as error:
+            self._fail(error, lost_peer=True)
+            return
+        self._end()
         outlet.close()
         leaving.join()
         self._front.send(Record("ended", {"spans": [span.encode() for span in self._trace.drain()]}))
@@ -133,16 +145,24 @@ class Worker:
     def _guarded(self, task: Callable[[], None]) -> None:
         """A thread's task; what ends it before the pipeline does is told to the front."""
         try:
-            task()
+            with self._beside_the_stage():
+                task()
         except Exception as error:
             if not self._ending.is_set():
                 self._tell_failure(error, lost_peer=True)
+
+    def _beside_the_stage(self) -> AbstractContextManager[object]:
+        """What a thread copies from or to the device does not queue up behind what the stage has given it."""
+        if self._device.type != "cuda":
+            return nullcontext()
+        return torch.cuda.stream(torch.cuda.Stream(self._device))
 
     def _read_front(self, loop: StageLoop) -> None:
         while True:
             try:
                 record = self._front.receive()
             except LinkClosed:
+                self._front_gone.set()
                 if not self._ending.is_set():
                     self._leave(LOST_FRONT)
                 return
@@ -159,7 +179,7 @@ class Worker:
         return record
 
     def _enter(self, phase: str) -> None:
-        self._phase = Activity(phase, -1, -1, time.monotonic())
+        self._phase = Activity(phase)
 
     def _progress(self, done: int, total: int) -> None:
         self._front.send(Record("progress", {"done": done, "total": total}))
@@ -169,10 +189,14 @@ class Worker:
         return time.time() + self._clock_offset
 
     def _beat(self) -> None:
-        """Signs of life, with what is being done."""
+        """Signs of life, with what is being done: now and then, and at once when there is news."""
         drained = False
         try:
-            while not self._ending.wait(BEAT_SECONDS):
+            while not self._ending.is_set():
+                self._news.wait(BEAT_SECONDS)
+                self._news.clear()
+                if os.getppid() != self._parent:  # a link may stay open in a process that the parent has forked
+                    self._leave(LOST_FRONT)
                 self._say()
                 if self._drain.is_set() and not drained:
                     self._front.send(Record("drain"))
@@ -181,35 +205,47 @@ class Worker:
             if not self._ending.is_set():
                 self._leave(LOST_FRONT)
 
+    def _end(self) -> None:
+        """From now on it is no failure that others hang up."""
+        self._ending.set()
+        self._news.set()
+
+    def _doing(self) -> Activity:
+        return self._phase if self._loop is None else self._loop.activity
+
     def _say(self) -> None:
         """Tell the front what is being done."""
-        doing = self._phase if self._loop is None else self._loop.activity
+        doing = self._doing()
         fields = {"doing": doing.kind, "session": doing.session, "block": doing.block}
         self._front.send(Record("beat", {**fields, "seconds": time.monotonic() - doing.since}))
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception, *, lost_peer: bool = False) -> None:
         """Tell the front what has gone wrong, and wait for it to end everything."""
-        try:
-            self._tell_failure(error, lost_peer=False)
-            if self._loop is not None:
-                threading.Event().wait()
-            while True:
-                self._front.receive()
-        except LinkClosed:
-            self._leave(LOST_FRONT)
+        self._tell_failure(error, lost_peer=lost_peer)
+        if self._loop is None:
+            with suppress(LinkClosed):
+                while True:
+                    self._front.receive()
+        else:
+            self._front_gone.wait()
+        self._leave(LOST_FRONT)
 
     def _tell_failure(self, error: Exception, *, lost_peer: bool) -> None:
-        doing = self._phase if self._loop is None else self._loop.activity
-        known = isinstance(error, LiveAvatarError)
         fields = {
             "error": type(error).__name__,
-            "message": str(error) if known else "".join(traceback.format_exception(error)),
+            "message": _told(error),
             "memory": isinstance(error, torch.cuda.OutOfMemoryError | MemoryError),
             "lost_peer": lost_peer,
-            "block": doing.block,
-            "doing": doing.kind if doing.kind != IDLE else "",
+            "block": self._doing().block,
         }
         try:
             self._front.send(Record("failed", fields))
         except LinkClosed:
             self._leave(LOST_FRONT)
+
+
+def _told(error: Exception) -> str:
+    """What is said of an error: all that is known, unless it speaks for itself."""
+    if isinstance(error, LinkClosed):
+        return "another rank has hung up"
+    return str(error) if isinstance(error, LiveAvatarError) else "".join(traceback.format_exception(error))
