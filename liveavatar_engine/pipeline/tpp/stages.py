@@ -120,8 +120,8 @@ class ModelDenoising:
 
     def block(self, session: int, record: Record, latents: Tensor | None) -> Tensor:
         entering = self._noise[session].block(record["block"]) if latents is None else latents
-        states, pose = (self._arrived(record.tensors.get(name)) for name in ("states", "pose"))
-        assert states is not None
+        states, pose = self._arrived(record.tensors["states"]), record.tensors.get("pose")
+        pose = None if pose is None else self._arrived(pose)
         (finished,) = self._streams[session].push(entering, states, pose)
         if self.begins:
             self._noise[session].prepare(record["block"] + 1)
@@ -131,7 +131,7 @@ class ModelDenoising:
         self._streams[session].change_prompt(context)
 
     def show_first_latent(self, session: int, latent: Tensor) -> None:
-        self._streams[session].show_first_latent(latent.to(self._device))
+        self._streams[session].show_first_latent(self._arrived(latent))
 
     def prepare(self, session: int) -> None:
         self._streams[session].prepare()
@@ -142,9 +142,9 @@ class ModelDenoising:
         if stream is not None:
             stream.close()
 
-    def _arrived(self, tensor: Tensor | None) -> Tensor | None:
+    def _arrived(self, tensor: Tensor) -> Tensor:
         """A tensor of a record, on its way to the device; the host does not wait."""
-        if tensor is None or self._device.type == "cpu":
+        if self._device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self._device, non_blocking=True)
 

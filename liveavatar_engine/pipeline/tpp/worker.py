@@ -216,8 +216,8 @@ class Worker:
     def _say(self) -> None:
         """Tell the front what is being done."""
         doing = self._doing()
-        fields = {"doing": doing.kind, "session": doing.session, "block": doing.block}
-        self._front.send(Record("beat", {**fields, "seconds": time.monotonic() - doing.since}))
+        seconds = time.monotonic() - doing.since
+        self._front.send(Record("beat", {"doing": doing.kind, "block": doing.block, "seconds": seconds}))
 
     def _fail(self, error: Exception, *, lost_peer: bool = False) -> None:
         """Tell the front what has gone wrong, and wait for it to end everything."""
