@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from liveavatar_engine.pipeline.tpp import neighbours
 from liveavatar_engine.pipeline.tpp.channel import BUFFERS, Credits, LatentReceiver, LatentSender, Shipment
 from liveavatar_engine.pipeline.tpp.link import LOCALHOST, Link
 from liveavatar_engine.pipeline.tpp.records import Record
-from liveavatar_engine.pipeline.tpp.transport import open_backend
+from liveavatar_engine.pipeline.tpp.transport import open_backend, open_store
 
 MESSAGES = 10_000
 
@@ -59,6 +60,18 @@ def test_no_message_is_lost_changed_or_overtaken(ends: tuple[LatentSender, Laten
 
     flow.run(lambda number: torch.full(SHAPE, float(number)), use, MESSAGES)
     assert flow.under_way == BUFFERS, "as many as there are buffers, and no more"
+
+
+def test_the_store_where_backends_meet_cannot_be_reached_from_elsewhere() -> None:
+    store = open_store(LOCALHOST)
+    tables = "".join(Path("/proc/net", name).read_text(encoding="ascii") for name in ("tcp", "tcp6"))
+    sockets, port = [line.split() for line in tables.splitlines()], f":{store.port:04X}"
+    assert [local for _, local, _, state, *_ in sockets if local.endswith(port) and state == "0A"] == [
+        "0100007F" + port
+    ]
+    other = dist.TCPStore(LOCALHOST, store.port, None, is_master=False)
+    other.set("key", "value")
+    assert store.get("key") == b"value"
 
 
 def _blocks(thread: threading.Thread) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import operator
+import os
 import threading
 import time
 
@@ -91,6 +93,26 @@ def test_sessions_opened_and_closed_one_after_another_leave_nothing() -> None:
         assert threading.active_count() <= threads
         assert len(gc.get_objects()) - objects < 500
         assert free_slots(runner) == 1
+
+
+def test_engines_started_again_and_again_leave_nothing() -> None:
+    def held() -> tuple[int, int]:
+        """Threads, and open files and sockets."""
+        gc.collect()
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    before, running = held(), []
+    with pipeline(3) as runner:
+        for _ in range(4):
+            list(session(runner, Beats(2)))
+            runner._streams.idle()
+            running.append(held())
+            runner.restart()
+    deadline = time.monotonic() + 5
+    while not all(map(operator.le, held(), before)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert all(map(operator.le, held(), before))
+    assert max(running) <= (running[0][0] + 3, running[0][1] + 3), "but for what is just ending"
 
 
 def test_no_more_sessions_than_slots() -> None:

@@ -8,6 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from .records import Record
 from .setup import Progress, WorkerSetup
 from .stage_loop import STOP
 from .trace import Span
+from .transport import open_store
 from .worker import host_name
 
 _log = logging.getLogger(__name__)
@@ -89,6 +91,9 @@ class Crew:
         on_failure: called once, when a worker has failed and all have been ended.
         on_drain: called when a worker has been asked to end (SIGTERM).
         trace: whether workers collect spans.
+
+    Attributes:
+        failure: why no worker is left, once one has failed.
     """
 
     def __init__(
@@ -101,7 +106,8 @@ class Crew:
         *,
         trace: bool = False,
     ) -> None:
-        self.plan, self.failure, self.traced = plan, None, trace
+        self.plan, self.traced = plan, trace
+        self.failure: WorkerError | None = None
         self._launcher, self._on_record, self._on_failure, self._on_drain = launcher, on_record, on_failure, on_drain
         self._members: dict[int, _Member] = {}
         self._answers: dict[str, queue.SimpleQueue[tuple[int, Record]]] = {k: queue.SimpleQueue() for k in _SETUP}
@@ -113,9 +119,6 @@ class Crew:
         self._looked = time.monotonic()
         self._processes: list[Process] = []
         self._store: dist.TCPStore | None = None
-
-    failure: WorkerError | None
-    """Why no worker is left, once one has failed."""
 
     def start(
         self, setups: Callable[[Mapping[int, WorkerInfo]], Sequence[WorkerSetup]], progress: Progress | None = None
@@ -195,15 +198,14 @@ class Crew:
         self._closing.set()
         if self.failure is not None:
             return
-        for member in self._members.values():
-            try:
+        members = self._members.values()
+        for member in members:
+            with suppress(LinkClosed):
                 member.link.send(STOP)
-            except LinkClosed:
-                continue
         deadline = time.monotonic() + _END_SECONDS
-        while time.monotonic() < deadline and not all(member.ended for member in self._members.values()):
+        while time.monotonic() < deadline and not all(member.ended for member in members):
             time.sleep(0.01)
-        self._kill(gently=all(member.ended for member in self._members.values()))
+        self._kill(gently=all(member.ended for member in members))
 
     # --- starting
 
@@ -234,7 +236,7 @@ class Crew:
 
     def _join(self, addresses: Mapping[int, Address]) -> None:
         """Tell each worker who its neighbours are."""
-        self._store = dist.TCPStore(self._launcher.host, 0, None, True, wait_for_workers=False)
+        self._store = open_store(self._launcher.host)
         for lane in self.plan.lanes:
             ways = [tuple(rank.rank for rank in stage) for stage in lane.stages]
             decoders = tuple(rank.rank for rank in lane.decoders) if lane.decodes_apart else ()
@@ -249,12 +251,7 @@ class Crew:
                 self.send(rank, self._places(rank, ways[-1][0], (), (), addresses))
 
     def _places(
-        self,
-        rank: int,
-        upstream: int | None,
-        after: Sequence[int],
-        mates: Sequence[int],
-        addresses: Mapping[int, Address],
+        self, rank: int, upstream: int | None, after: Sequence[int], mates: Sequence[int], doors: Mapping[int, Address]
     ) -> Record:
         assert self._store is not None
         shared = list(mates) if len(mates) > 1 else []
@@ -263,9 +260,9 @@ class Crew:
             "rank": rank,
             "upstream": upstream,
             "downstream": list(after),
-            "addresses": [list(addresses[other]) for other in after],
+            "addresses": [list(doors[other]) for other in after],
             "mates": shared,
-            "mate_addresses": [list(addresses[other]) for other in led],
+            "mate_addresses": [list(doors[other]) for other in led],
             "store": [[self._launcher.host, self._store.port]],
             "trace": self.traced,
         }

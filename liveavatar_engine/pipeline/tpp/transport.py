@@ -6,6 +6,7 @@ embeds the engine keeps their own.
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 from typing import Any, Protocol, cast
 
@@ -37,6 +38,13 @@ class Backend(GroupBackend, Protocol):
     def recv(self, tensors: list[Tensor], peer: int, tag: int) -> Work: ...
 
     def shutdown(self) -> None: ...
+
+
+def open_store(host: str) -> dist.TCPStore:
+    """A store where backends meet; it asks nobody for a key, so it listens at this address of the machine alone."""
+    listening = socket.create_server((host, 0))
+    port = listening.getsockname()[1]
+    return dist.TCPStore(host, port, None, True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def open_backend(

@@ -134,7 +134,7 @@ class Worker:
         self._end()
         outlet.close()
         leaving.join()
-        self._front.send(Record("ended", {"spans": [span.encode() for span in self._trace.drain()]}))
+        self._front.send(Record("ended"))
         neighbours.close()
 
     def _start(self, name: str, task: Callable[[], None]) -> threading.Thread:
