@@ -19,7 +19,7 @@ from torch import Tensor
 from liveavatar_engine.errors import SessionError, WorkerError
 from liveavatar_engine.pipeline.tpp import crew, many_devices, setup
 from liveavatar_engine.pipeline.tpp.many_devices import ManyDevices
-from liveavatar_engine.pipeline.tpp.plan import StageCosts
+from liveavatar_engine.pipeline.tpp.plan import StageCosts, make_plan
 from liveavatar_engine.pipeline.tpp.records import Record
 from liveavatar_engine.pipeline.tpp.sleeping import ReadyFrames, SleepingDecoding, SleepingDenoising
 
@@ -221,3 +221,22 @@ def test_closing_does_not_wait_for_workers_that_die_meanwhile() -> None:
         assert time.monotonic() - started < 5
         with pytest.raises(SessionError, match="closed"):
             list(stream)
+
+
+def test_slow_gpus_are_not_taken_for_hanging() -> None:
+    """What is long depends on what blocks have taken before; without any, there is much patience."""
+    (_, rank) = make_plan(("cuda:0", "cuda:1"), 4, StageCosts.of(1, 1)).ranks
+    member: Any = crew._Member(rank, None, None, 0.0)  # type: ignore[arg-type]
+
+    def stuck(block: int, seconds: float, doing: str = "block") -> bool:
+        member.hear(Record("beat", {"doing": doing, "block": block, "seconds": seconds}))
+        return member.stuck
+
+    assert not stuck(0, crew.FIRST_BLOCK_SECONDS - 1)
+    assert stuck(0, crew.FIRST_BLOCK_SECONDS + 1)
+    assert not stuck(0, 5.0)
+    assert not stuck(1, 4 * 5.0 - 1)
+    assert stuck(1, 4 * 5.0 + 1)
+    assert not stuck(1, 100.0, doing="full"), "who waits for room does not hang"
+    member.longest = None
+    assert stuck(7, crew.STUCK_SECONDS + 1), "seven quick blocks have passed unseen"

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from ... import errors
 from ...errors import LiveAvatarError, WorkerError
 from ..runner import WorkerInfo
+from .activity import BLOCK
 from .launch import Launcher, Process
 from .link import Address, Door, Link, LinkClosed
 from .plan import Plan, RankPlan
@@ -33,7 +34,12 @@ SILENT_SECONDS = 5.0
 LOADING_SECONDS = 60.0
 """The same while it starts, loads or warms up, where one call into a library can hold up a whole process."""
 STUCK_SECONDS = 8.0
-"""In one block on a GPU, after which a worker counts as hanging; how long a CPU takes says nothing."""
+"""In one block on a GPU, after which a worker counts as hanging, if no block before took a fourth of it.
+
+How long a CPU takes says nothing.
+"""
+FIRST_BLOCK_SECONDS = 60.0
+"""The same before a worker has finished any block, and it is not known how long one takes."""
 _GRACE_SECONDS = 0.4
 """From a first sign that something is wrong until it is clear whose fault it is."""
 _PAUSE_SECONDS = 1.0
@@ -55,6 +61,7 @@ class _Member:
     Attributes:
         last_beat: when it gave a sign of life (`time.monotonic`).
         doing, block, busy: what it said then: its activity, the block, and for how many seconds.
+        longest: that it said of a block which it has finished since; None: it has finished none.
     """
 
     plan: RankPlan
@@ -64,7 +71,22 @@ class _Member:
     doing: str = "starting"
     block: int = -1
     busy: float = 0.0
+    longest: float | None = None
     ended: bool = False
+
+    def hear(self, beat: Record) -> None:
+        """Take a sign of life."""
+        another = beat["block"] != self.block
+        if beat["block"] > 0 or (another and self.block >= 0):
+            self.longest = max(self.longest or 0.0, self.busy if another and self.doing == BLOCK else 0.0)
+        self.doing, self.block, self.busy = beat["doing"], beat["block"], beat["seconds"]
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a GPU has been in one block for too long."""
+        if self.doing != BLOCK or not self.plan.device.startswith("cuda"):
+            return False
+        return self.busy > (FIRST_BLOCK_SECONDS if self.longest is None else max(STUCK_SECONDS, 4 * self.longest))
 
 
 @dataclass(frozen=True, order=True)
@@ -292,7 +314,7 @@ class Crew:
                     member.ended = record.kind == "ended"
                     self._answers[record.kind].put((rank, record))
                 elif record.kind == "beat":
-                    member.doing, member.block, member.busy = record["doing"], record["block"], record["seconds"]
+                    member.hear(record)
                 elif record.kind == "failed":
                     self._accuse(rank, record)
                 elif record.kind == "spans":
@@ -348,7 +370,7 @@ class Crew:
             if now - member.last_beat > (LOADING_SECONDS if member.doing in _LOADING else SILENT_SECONDS):
                 what = f"has given no sign of life for {now - member.last_beat:.1f} s"
                 self._suspect(_SILENT, rank, what, member.block)
-            elif member.doing == "block" and member.plan.device.startswith("cuda") and member.busy > STUCK_SECONDS:
+            elif member.stuck:
                 self._suspect(_SILENT, rank, f"hangs: {member.busy:.1f} s in one block", member.block)
 
     def _fail(self, worst: _Suspicion) -> None:

@@ -20,6 +20,12 @@ from .records import Record
 LOCALHOST = "127.0.0.1"
 _KNOCK_SECONDS = 5
 """For who connects to a door to show that it knows the key."""
+_KEEPALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))
+_OPTIONS = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),  # a record does not wait until the last is acknowledged
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # a node without power hangs up, too
+    *((socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in _KEEPALIVE if hasattr(socket, name)),
+)
 Address = tuple[str, int]
 
 
@@ -34,9 +40,8 @@ class Link:
         self._connection = connection
         self._sending, self._receiving = threading.Lock(), threading.Lock()
         with _socket_of(connection) as own:
-            own.setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-            )  # a record does not wait until the last is acknowledged
+            for layer, option, value in _OPTIONS:
+                own.setsockopt(layer, option, value)
 
     def send(self, record: Record) -> None:
         """Send a record, after those that were sent before.
