@@ -161,10 +161,10 @@ class LatentStream:
             if self._policy.update_after is not None:
                 self._scenes.replace_contents(self._policy.update_after, SinkContents(self._first_latent, self._motion))
 
-    def prepare(self) -> None:
-        """Finish now what the next block waits for at its start, if all it depends on is there."""
+    def prepare(self) -> bool:
+        """Finish now what the next block waits for at its start, if all it depends on is there; False: nothing was."""
         with self._executor.exclusive():
-            self._scenes.prepare(self.block)
+            return self._scenes.prepare(self.block)
 
     def change_prompt(self, context: Tensor) -> None:
         """Let another prompt, [tokens, text_dim], count: at once for the first block, later within a few blocks.
