@@ -20,10 +20,10 @@ from ..vae.light import load_decoder
 from ..vae.vae import Vae, load_vae
 from ..weights.layout import Checkpoint
 from ..weights.presets import PRESETS
+from ..weights.random_parts import RandomParts
 from .environment import Environment
 from .kernels.rows import Limits, limits_of
 from .kernels.timing import Ceilings, clock_of, measure_ceilings
-from .parts import RandomParts
 from .settings import Settings
 
 _CEILING_REPEATS = 30
@@ -84,7 +84,7 @@ class Bench:
             engine = Engine.from_pretrained(settings.checkpoint, settings.lora, config, vae=settings.vae)
         else:
             parts = self._random_parts(settings)
-            parts.require_memory(settings, config)
+            parts.require_memory(settings.geometry(), config)
             decoder = None
             if settings.vae is not None:
                 precision = resolve_precision(config, self.device)

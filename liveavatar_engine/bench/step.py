@@ -17,9 +17,9 @@ from ..denoise.positions import Place, Scene
 from ..denoise.stream import Conditions, SinkPolicy
 from ..pipeline.device import resolve_precision
 from ..pipeline.engine import Engine
+from ..weights.random_parts import prompt_tokens
 from . import work
 from .bench import Bench, Marks
-from .parts import prompt_tokens
 from .results import Figure, Run, Series, Stage, percentile
 from .settings import Settings
 from .stages import ONCE_PER_BLOCK, timed_stages
