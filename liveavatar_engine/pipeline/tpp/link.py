@@ -22,6 +22,10 @@ class LinkClosed(Exception):
     """The other end has gone."""
 
 
+_CLOSED = (EOFError, OSError, ValueError, TypeError)
+"""What connections raise that are closed, TypeError where another thread does it meanwhile."""
+
+
 class Link:
     """A connection to another process. Any thread may send; one may receive."""
 
@@ -39,7 +43,7 @@ class Link:
         try:
             with self._sending:
                 self._connection.send_bytes(data)
-        except (OSError, ValueError):
+        except _CLOSED:
             raise LinkClosed from None
 
     def receive(self) -> Record:
@@ -49,9 +53,10 @@ class Link:
             LinkClosed: none will come.
         """
         try:
-            return Record.decode(self._connection.recv_bytes())
-        except (EOFError, OSError, ValueError):
+            data = self._connection.recv_bytes()
+        except _CLOSED:
             raise LinkClosed from None
+        return Record.decode(data)
 
     def close(self) -> None:
         """Hang up; the other end sees it once it has read what was sent."""
