@@ -17,6 +17,7 @@ from ..pipeline.device import resolve_precision
 from ..pipeline.engine import Encoders, Engine
 from ..pipeline.one_device import OneDevice
 from ..pipeline.source import Files, RandomWeights
+from ..pipeline.tpp.job import Job
 from ..pipeline.tpp.many_devices import ManyDevices
 from ..vae.light import load_decoder
 from ..vae.vae import Vae, load_vae
@@ -113,7 +114,7 @@ class Bench:
             assert settings.preset is not None
             source = RandomWeights(settings.preset, settings.seed, light)
         started = time.perf_counter()
-        parts = assemble(source, config, None, trace=trace)
+        parts = assemble(source, config, None, Job.current(), trace=trace)
         assert isinstance(parts.runner, ManyDevices)
         self.say(f"{len(parts.runner.plan)} workers are ready, after {time.perf_counter() - started:.1f} s")
         return Engine(parts.config, parts.runner, parts.encoders), parts.runner

@@ -92,9 +92,10 @@ def _estimates(folder: Path, config: EngineConfig, plan: Plan) -> Iterator[tuple
     geometry.heads_per_rank(config.sequence_parallel)
 
     def predicted(name: str, share: Share) -> MemoryEstimate:
-        if name.partition(":")[0] not in ("cpu", "cuda"):
+        kind = name.partition(":")[0]
+        if kind not in ("cpu", "cuda"):
             raise ConfigError(f"device {name!r}: expected cpu:N or cuda:N")
-        return predict_memory(geometry, sizes, config, torch.device(name), share)
+        return predict_memory(geometry, sizes, config, torch.device(kind), share)
 
     sessions = -(-config.max_sessions // len(plan.lanes))
     for rank in plan.ranks:

@@ -161,6 +161,12 @@ class LatentStream:
             if self._policy.update_after is not None:
                 self._scenes.replace_contents(self._policy.update_after, SinkContents(self._first_latent, self._motion))
 
+    def show(self, reference: Tensor, motion: Tensor) -> None:
+        """Let the sink show another reference, [channels, 1, ...], and motion latents from the next block on."""
+        with self._executor.exclusive():
+            self._motion = motion if self.geometry.motion_tokens else None
+            self._scenes.replace_contents(self.block, SinkContents(reference, self._motion))
+
     def prepare(self) -> bool:
         """Finish now what the next block waits for at its start, if all it depends on is there; False: nothing was."""
         with self._executor.exclusive():

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..weights.budget import expected_geometry, require_room
 from ..weights.memory import Share
 from ..weights.network import LoadProgress
-from .device import log_kernels, resolve_device
+from .device import local_name, log_kernels, resolve_device
 from .encoders import Encoders
 from .one_device import OneDevice
 from .runner import Runner
@@ -36,14 +36,20 @@ class Parts:
 
 
 def assemble(
-    source: Files | RandomWeights, config: EngineConfig, progress: LoadProgress | None, *, trace: bool
+    source: Files | RandomWeights,
+    config: EngineConfig,
+    progress: LoadProgress | None,
+    job: Job | None,
+    *,
+    trace: bool,
 ) -> Parts:
     """Load what a configuration asks for, after everything has been checked that can be.
+
+    Where there is a `job` and several devices, its processes are the workers.
 
     Raises:
         CheckpointError, ConfigError, DeviceMemoryError: see `Engine.from_pretrained`.
     """
-    job = Job.current()
     names = device_names(config, job)
     if len(names) > 1:
         if job is not None and job.rank > 0:
@@ -76,12 +82,13 @@ def device_names(config: EngineConfig, job: Job | None) -> tuple[str, ...]:
         )
     seen: dict[str, str] = {}
     for name in config.devices:
-        device = torch.device(name) if job is not None and job.nodes > 1 else resolve_device((name,))
-        known = name if device.type == "cpu" else str(device)
+        local = local_name(name)
+        device = torch.device(local) if local != name else resolve_device((local,))
+        known = name if device.type == "cpu" or local != name else str(device)
         if known in seen:
             raise ConfigError(f"devices: {seen[known]!r} and {name!r} are the same")
         seen[known] = name
-    if len({torch.device(name).type for name in config.devices}) > 1:
+    if len({torch.device(local_name(name)).type for name in config.devices}) > 1:
         raise ConfigError(f"devices: expected GPUs or CPUs, not both: {', '.join(config.devices)}")
     return config.devices
 
@@ -141,4 +148,4 @@ def encoding_device(plan: Plan, here: int) -> torch.device:
         ConfigError: there is no such device.
     """
     decoders = [rank for rank in plan.ranks if rank.decoder is not None and rank.rank < here]
-    return resolve_device((decoders[0].device if decoders else plan.ranks[here - 1].device,))
+    return resolve_device((local_name((decoders[0] if decoders else plan.ranks[here - 1]).device),))

@@ -40,6 +40,11 @@ def resolve_device(names: str | tuple[str, ...]) -> torch.device:
     return torch.device("cpu")
 
 
+def local_name(name: str) -> str:
+    """A device's name on its own node: "cuda:0" of "cuda:0@1"."""
+    return name.partition("@")[0]
+
+
 @dataclass(frozen=True)
 class Precision:
     """What a configuration's precisions mean on a device.

@@ -26,7 +26,7 @@ from ..config.geometry import FRAMES_PER_SECOND
 from ..denoise.executor import StepExecutor
 from ..denoise.noise import check_seed
 from ..denoise.stream import Conditions, SinkPolicy
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError, InputError, LiveAvatarError
 from ..runtime.graphs import recorder
 from ..weights.network import LoadProgress
 from . import inputs
@@ -38,6 +38,7 @@ from .precision import LayerLoss, measured_losses
 from .runner import Runner, StreamOrder, WorkerInfo
 from .session import Session
 from .source import Files
+from .tpp.job import Job
 from .tpp.many_devices import ManyDevices
 from .tpp.trace import write_chrome_trace
 
@@ -88,15 +89,19 @@ class Engine:
         *,
         vae: str | Path | None = None,
         trace: str | Path | None = None,
+        lora_scale: float | None = None,
+        join_job: bool = True,
     ) -> Self:
         """Load a checkpoint directory, original or converted, merging a LoRA adapter where one is given.
 
         `progress` is called with the tensors of the network loaded so far and to be loaded. `vae` is a file with the
         weights of a light decoder (docs/light-decoder.md), which makes frames in place of the checkpoint's VAE. With
         several devices, `trace` is a file that gets a timeline of all of them when the engine is closed.
+        `lora_scale` is the adapter's alpha / rank, if it is not to be what its file says.
 
         Several devices have a worker process each. In a torchrun job these are the job's processes: this returns in the
-        first one, and in all others it serves that one's engines until it ends, and then exits.
+        first one, and in all others it serves that one's engines until it ends, and then exits. Without `join_job`, the
+        engine starts workers of its own there, too, and the job's processes go their own ways.
 
         Raises:
             CheckpointError: parts are missing or damaged or do not fit together; nothing has been allocated for the
@@ -106,14 +111,25 @@ class Engine:
             WorkerError: a worker process has ended.
             DeviceMemoryError: the device or the host has too little memory free; nothing has been allocated.
         """
-        source = Files(Path(checkpoint), _path(lora), _path(vae))
-        parts = assemble(source, config or EngineConfig(), progress, trace=trace is not None)
+        source = Files(Path(checkpoint), _path(lora), _path(vae), lora_scale)
+        job = Job.current() if join_job else None
+        parts = assemble(source, config or EngineConfig(), progress, job, trace=trace is not None)
         return cls(parts.config, parts.runner, parts.encoders, _path(trace))
 
     @property
     def device(self) -> torch.device:
         """Where conditions are encoded."""
         return self._encoders.audio.device
+
+    @property
+    def runner(self) -> Runner:
+        """What makes blocks, for those who order streams that `generate` does not make."""
+        return self._runner
+
+    @property
+    def encoders(self) -> Encoders:
+        """What encodes the conditions of streams."""
+        return self._encoders
 
     @property
     def executor(self) -> StepExecutor | None:
@@ -123,6 +139,11 @@ class Engine:
     def workers(self) -> list[WorkerInfo]:
         """The processes that work for this engine, by rank; none on a single device."""
         return self._runner.workers()
+
+    @property
+    def failure(self) -> LiveAvatarError | None:
+        """Why sessions end with an error and none can be opened: a worker process has failed. None: all is well."""
+        return self._runner.failure
 
     def restart(self) -> None:
         """Start the worker processes again, after one has failed, or at any time: sessions that are open end.

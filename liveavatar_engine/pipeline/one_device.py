@@ -17,7 +17,7 @@ from ..vae.vae import Vae
 from .decoders import Decoders
 from .device import graphs_absent, resolve_precision
 from .production import Production, ProductionParts
-from .runner import StreamOrder, WorkerInfo
+from .runner import Ending, StreamOrder, WorkerInfo
 
 
 class OneDevice:
@@ -41,7 +41,7 @@ class OneDevice:
         self._decoders = Decoders(decoder, network.device, self.graphs, config.frames)
         self._lock = threading.RLock()  # sessions may be collected, and give their slot back, while it is held
         self._free_slots = list(range(config.max_sessions))
-        self._ended = threading.Event()
+        self._ending = Ending()
 
     @property
     def free_slots(self) -> int:
@@ -76,23 +76,29 @@ class OneDevice:
             early_first_frame=self._config.early_first_frame,
             overlap=self.network.device.type == "cuda",
         )
-        return Production(parts, order.max_blocks, release, self._ended)
+        return Production(parts, order.max_blocks, release, self._ending)
 
     def workers(self) -> list[WorkerInfo]:
         return []
 
+    @property
+    def failure(self) -> None:
+        """Nothing that could break stands between sessions and the device."""
+        return None
+
     def drain(self) -> None:
-        self._ended.set()
+        self._ending.draining.set()
 
     def close(self) -> None:
         """End all streams; their memory goes with the engine."""
-        self._ended.set()
+        self._ending.close()
 
     def _take_slot(self, geometry: StreamGeometry) -> tuple[int, StepExecutor]:
         """A free slot, in buffers that are made at the first session and when the size changes between sessions."""
         with self._lock:
-            if self._ended.is_set():
-                raise SessionError("the engine is closed")
+            self._ending.check()
+            if self._ending.draining.is_set():
+                raise SessionError("the engine is being drained: it opens no session")
             if not self._free_slots:
                 raise SessionError(
                     f"all {self._config.max_sessions} sessions are open: close one, or set EngineConfig.max_sessions"

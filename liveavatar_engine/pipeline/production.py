@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ..denoise.stream import LatentStream
 from ..frames import FrameChunk
 from ..runtime.timing import StageTimer
 from ..vae.delivery import FrameDecoder, Pending
+from .runner import Ending
 
 PORTRAIT_FRAMES = LATENT_FRAME_STRIDE - 1
 """Frames at the head of a stream that still show the portrait and are dropped, as in the reference."""
@@ -63,7 +63,7 @@ class Production:
         parts: what they are made with.
         max_blocks: after which the stream ends, or None.
         release: lets go of the parts.
-        ended: when it is set, no further block is begun.
+        ending: of the engine.
     """
 
     def __init__(
@@ -71,19 +71,24 @@ class Production:
         parts: ProductionParts,
         max_blocks: int | None,
         release: Callable[[], None],
-        ended: threading.Event | None = None,
+        ending: Ending | None = None,
     ) -> None:
         self.parts, self.max_blocks = parts, max_blocks
         self.geometry, self.features = parts.geometry, parts.features
         self.change_prompt, self.close = parts.latents.change_prompt, release
-        self._ended = ended or threading.Event()
+        self._ending = ending or Ending()
         self._taken = self._decoded = 0
         self._finished: deque[Tensor] = deque()
         self._coming: deque[_Part] = deque()
         self._timer = StageTimer(parts.latents.device)
 
     def next(self, closed: Callable[[], bool]) -> tuple[FrameChunk, Tensor] | None:
-        """The next chunk and its latents; None behind the last one, or when nothing has been begun once `closed`."""
+        """The next chunk and its latents; None behind the last one, or when nothing has been begun once `closed`.
+
+        Raises:
+            SessionError: the engine has been closed.
+        """
+        self._ending.check()
         if not self._coming:
             while not self._finished and not closed():
                 if not self._take_block(closed):
@@ -102,7 +107,7 @@ class Production:
     def _take_block(self, closed: Callable[[], bool]) -> bool:
         """Begin the next block; False when there is none."""
         parts, index = self.parts, self._taken
-        if index == self.max_blocks or self._ended.is_set():
+        if index == self.max_blocks or self._ending.draining.is_set():
             return False
         with self._timer.stage("audio"):
             states = parts.features.block(index)

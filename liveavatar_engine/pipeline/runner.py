@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,7 @@ from ..conditions.audio_features import Features
 from ..conditions.pose import PoseStream
 from ..config import ModelConfig, StreamGeometry
 from ..denoise.stream import Conditions, SinkPolicy
+from ..errors import LiveAvatarError, SessionError
 from ..frames import FrameChunk
 
 
@@ -54,6 +56,28 @@ class WorkerInfo:
     host: str
     stage: str
     device: str
+
+
+class Ending:
+    """How an engine's streams are to end.
+
+    Attributes:
+        draining: no further block is begun; streams end with those that are under way.
+        closed: nothing more is made, and who waits for it is told so.
+    """
+
+    def __init__(self) -> None:
+        self.draining = threading.Event()
+        self.closed = threading.Event()
+
+    def close(self) -> None:
+        self.draining.set()
+        self.closed.set()
+
+    def check(self) -> None:
+        """Raise a SessionError once the engine is closed."""
+        if self.closed.is_set():
+            raise SessionError("the engine is closed")
 
 
 class Producer(Protocol):
@@ -100,6 +124,11 @@ class Runner(Protocol):
     @property
     def free_slots(self) -> int:
         """Sessions that can still be opened."""
+        ...
+
+    @property
+    def failure(self) -> LiveAvatarError | None:
+        """Why no session can be made any more, if something has broken."""
         ...
 
     def workers(self) -> list[WorkerInfo]:

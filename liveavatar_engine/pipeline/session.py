@@ -35,7 +35,7 @@ class Session:
         self._running = threading.Lock()
         self.last_latents: Tensor | None = None
         """Latents of the chunk delivered last: float32 [channels, frames, latent_height, latent_width]."""
-        self._finalizer = weakref.finalize(self, producer.close)
+        self._finalizer = weakref.finalize(self, _let_go, producer, live)
 
     @property
     def height(self) -> int:
@@ -160,3 +160,10 @@ class Session:
         if not 0 <= actor < len(live):
             raise SessionError(f"actor {actor}: the session has actors 0 to {len(live) - 1}")
         return live[actor]
+
+
+def _let_go(producer: Producer, live: list[LiveSpeech]) -> None:
+    """What remains to be done for a session that nobody holds any more."""
+    for speech in live:
+        speech.end()
+    producer.close()

@@ -74,6 +74,7 @@ class Files:
         checkpoint: folder.
         lora: adapter to merge, or None.
         vae: of a light decoder, or None.
+        lora_scale: of the adapter, alpha / rank; None: what its file says.
 
     Raises:
         CheckpointError: parts of the checkpoint are missing.
@@ -82,6 +83,7 @@ class Files:
     checkpoint: Path
     lora: Path | None = None
     vae: Path | None = None
+    lora_scale: float | None = None
 
     @property
     def name(self) -> str:
@@ -103,7 +105,8 @@ class Files:
 
     def network(self, config: EngineConfig, device: torch.device, progress: LoadProgress | None) -> Network:
         precision = resolve_precision(config, device)
-        return load_network(self.found.root, self.lora, precision.dtype, device, progress, precision.fp8_skip)
+        dtype, skip = precision.dtype, precision.fp8_skip
+        return load_network(self.found.root, self.lora, dtype, device, progress, skip, lora_scale=self.lora_scale)
 
     def decoder(self, config: EngineConfig, device: torch.device) -> Vae | LightDecoder:
         precision = resolve_precision(config, device).decoder

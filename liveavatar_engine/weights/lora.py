@@ -31,10 +31,11 @@ class LoraAdapter:
     scale: float
 
     @classmethod
-    def from_file(cls, path: Path, weights: Mapping[str, tuple[int, ...]]) -> LoraAdapter:
+    def from_file(cls, path: Path, weights: Mapping[str, tuple[int, ...]], scale: float | None = None) -> LoraAdapter:
         """Read a PEFT adapter, with or without the `base_model.model.` prefix and the `.default` part.
 
-        alpha is taken from the file's metadata ("alpha"), else alpha / rank is 0.5 as for the published adapter.
+        `scale` is alpha / rank. Without it, alpha is taken from the file's metadata ("alpha"), else the scale is 0.5 as
+        for the published adapter.
 
         Raises:
             CheckpointError: damaged file, or an adapter that does not fit `weights` (name -> shape); every name that
@@ -52,9 +53,15 @@ class LoraAdapter:
         if strange or not sides["A"]:
             found = listed(sorted(strange)) if strange else "no tensors at all"
             raise CheckpointError(f"{path}: not a LoRA adapter, found {found} (expected NAME.lora_A.weight, ...lora_B)")
-        adapter = cls(sides["A"], sides["B"], _scale(path, store.metadata, sides["A"]))
+        stated = _scale(path, store.metadata, sides["A"])
+        adapter = cls(sides["A"], sides["B"], stated if scale is None else scale)
         adapter._check(path, weights)
         return adapter
+
+    @property
+    def rank(self) -> int:
+        """Rows of every A."""
+        return next(iter(self.down.values())).shape[0]
 
     def merged(self, name: str, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Rows of a weight that the adapter changes, merged: float32 [rows, in] behind the first row's number.

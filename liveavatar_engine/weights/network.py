@@ -132,6 +132,8 @@ def load_network(
     device: torch.device,
     progress: LoadProgress | None = None,
     fp8_skip: tuple[str, ...] | None = None,
+    *,
+    lora_scale: float | None = None,
 ) -> Network:
     """Load `config.json` and `diffusion_pytorch_model*.safetensors` of `folder`, an original or converted checkpoint.
 
@@ -146,6 +148,7 @@ def load_network(
         device: where the network goes.
         progress: called after each tensor.
         fp8_skip: parts of the names of linear layers that stay out of e4m3; None: all do.
+        lora_scale: of the adapter, alpha / rank; None: what its file says.
 
     Raises:
         CheckpointError: files are missing or damaged, or tensors do not fit.
@@ -158,7 +161,7 @@ def load_network(
     builder = NetworkBuilder(config, dtype, device, fp8_skip, converted=converted)
     store = TensorStore.of_model(folder, NETWORK)
     check_network(folder, store, builder, conversion)
-    adapter = LoraAdapter.from_file(lora, builder.shapes) if lora is not None else None
+    adapter = LoraAdapter.from_file(lora, builder.shapes, lora_scale) if lora is not None else None
     if device.type == "cuda":
         builder.allocate()
     with closing(store.read(device)) as tensors:

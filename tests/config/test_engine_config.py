@@ -36,7 +36,8 @@ BAD = {
     "offload as text": ({"offload": "vae"}, "offload must be a list of names, not 'vae'"),
     "offload of another part": ({"offload": ["vae", "audio"]}, "expected some of text_encoder, vae, not vae, audio"),
     "offload twice": ({"offload": ["vae", "vae"]}, "expected some of text_encoder, vae, not vae, vae"),
-    "several devices not built yet": ({"devices": ["cuda:0", "cuda:1"]}, "not available"),
+    "diagonal on several devices": ({"devices": ["cuda:0", "cuda:1"], "schedule": "diagonal"}, "need schedule 'seq"),
+    "costs of stages": ({"stage_ms": [110]}, "stage_ms must be two times in ms"),
 }
 
 

@@ -17,3 +17,13 @@ def test_merged_weights(case: GoldenCase, adapter: str, golden_checkpoint, golde
         assert relative_error(plain[name], expected) > 1e-4, f"{name}: the adapter changes nothing"
     for name in plain.keys() - case.tensors.keys():
         assert merged[name].equal(plain[name]), name
+
+
+def test_a_scale_of_ones_own(golden_checkpoint, golden_network) -> None:
+    name = "blocks.0.self_attn.q.weight"
+    plain = golden_network.get_parameter(name)
+    stated, doubled = (
+        load_network(golden_checkpoint, GOLDEN / "lora.safetensors", float32, CPU, lora_scale=scale).get_parameter(name)
+        for scale in (None, 1.0)
+    )
+    assert relative_error(doubled - plain, 2 * (stated - plain)) <= 1e-5

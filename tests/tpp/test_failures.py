@@ -78,7 +78,7 @@ def test_a_worker_that_is_asked_to_end_lets_streams_finish_what_they_have_begun(
     rest = [chunk.index for chunk in stream]
     assert rest == list(range(1, len(rest) + 1))
     assert len(rest) < 200
-    with pytest.raises(SessionError, match="closed"):
+    with pytest.raises(SessionError, match="drained"):
         session(runner, Beats(1))
     pids = [worker.pid for worker in runner.workers()]
     runner.restart()

@@ -143,7 +143,7 @@ def test_drain_ends_streams_behind_what_is_under_way() -> None:
         rest = [chunk.index for chunk in stream]
         assert rest == list(range(1, len(rest) + 1))
         assert len(rest) < 10
-        with pytest.raises(SessionError, match="closed"):
+        with pytest.raises(SessionError, match="drained"):
             session(runner, Beats(1))
 
 
@@ -153,3 +153,43 @@ def test_a_prompt_change_and_the_sinks_update_pass_through_all_stages() -> None:
         next(stream)
         stream.change_prompt("somebody")
         assert len(list(stream)) == 7
+
+
+def test_sessions_are_spread_over_lanes() -> None:
+    with pipeline(10, StageCosts.of(2.0, 1.0), max_sessions=4) as runner:
+        assert [len(lane.ranks) for lane in runner.plan.lanes] == [5, 5]
+        streams = [session(runner, Beats(6)) for _ in range(4)]
+        assert [[chunk.index for chunk in stream] for stream in streams] == [list(range(6))] * 4
+
+
+def test_sessions_are_spread_over_decoders_where_these_are_slow() -> None:
+    costs = StageCosts.of(2.0, 20.0)
+    with pipeline(3, costs, max_sessions=2, trace=True) as runner:
+        (lane,) = runner.plan.lanes
+        assert [rank.rank for rank in lane.decoders] == [1, 2]
+        streams = [session(runner, Beats(5)) for _ in range(2)]
+        assert [[chunk.index for chunk in stream] for stream in streams] == [list(range(5))] * 2
+        decoded = {(span.rank, span.session) for span in runner.spans() if span.kind == "decode"}
+        assert decoded == {(1, 0), (2, 1)}
+
+
+def test_streams_that_all_have_blocks_to_bring_take_turns() -> None:
+    with pipeline(3, StageCosts.of(10.0, 5.0), max_sessions=3) as runner:
+        started = time.monotonic()
+        streams = [session(runner, Beats(30)) for _ in range(3)]
+        first = []
+        for stream in streams:
+            next(stream)
+            first.append(time.monotonic() - started)
+        assert max(first) < 0.3, "not behind the windows of five blocks, 20 ms each, of the others"
+        for stream in streams:
+            stream.close()
+
+
+def test_closing_the_engine_tells_those_who_wait() -> None:
+    with pipeline(3) as runner:
+        stream = session(runner, Beats(None, held=1))
+        next(stream)
+        threading.Timer(0.1, runner.close).start()
+        with pytest.raises(SessionError, match="the engine is closed"):
+            next(stream)

@@ -22,7 +22,7 @@ SIZE = {"size": "64x64", "features": "windowed", "stage_ms": (1, 1)}
 
 def frames(source: Files | RandomWeights, devices: str | list[str]) -> np.ndarray:
     config = EngineConfig.from_mapping({**SIZE, "devices": devices})
-    parts = assembly.assemble(source, config, None, trace=False)
+    parts = assembly.assemble(source, config, None, None, trace=False)
     with Engine(parts.config, parts.runner, parts.encoders) as engine:
         session = engine.generate(picture(64, 64), speech(3.0), "a person", max_blocks=5)
         return np.concatenate([np.asarray(chunk.frames) for chunk in session])

@@ -15,7 +15,7 @@ from liveavatar_engine import Engine, EngineConfig
 from liveavatar_engine.conditions.still import still_conditions
 from liveavatar_engine.conditions.text import TextEncoder
 from liveavatar_engine.errors import DeviceMemoryError
-from liveavatar_engine.pipeline import engine as engine_module
+from liveavatar_engine.pipeline import encoders
 from liveavatar_engine.pipeline.offload import OffloadedVae, fetchers, offloaded_parts
 from liveavatar_engine.vae.vae import Vae, load_vae
 from liveavatar_engine.weights import offload
@@ -186,7 +186,7 @@ def test_an_engine_makes_the_same_frames(checkpoint: Path, face: np.ndarray, mon
     plain = frames(Engine.from_pretrained(checkpoint, config=EngineConfig(size="64x64", devices="cpu")))
     for parts, most in ((("text_encoder",), 0), (("text_encoder", "vae"), 1)):
         config, fetcher = EngineConfig(size="64x64", devices="cpu", offload=parts), FakeFetcher()
-        monkeypatch.setattr(engine_module, "fetchers", lambda config, _, f=fetcher: dict.fromkeys(config.offload, f))
+        monkeypatch.setattr(encoders, "fetchers", lambda config, _, f=fetcher: dict.fromkeys(config.offload, f))
         engine = Engine.from_pretrained(checkpoint, config=config)
         assert fetcher.fetched == 0
         difference = np.abs(frames(engine).astype(int) - plain.astype(int)).max()

@@ -73,10 +73,14 @@ class Job:
             return str(probe.getsockname()[0])
 
     def device_names(self) -> tuple[str, ...]:
-        """A device for each rank: the GPU of its local rank, or a CPU process where there are none."""
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-        local = self.local_world_size
-        return tuple(f"{kind}:{rank % local if kind == 'cuda' else rank}" for rank in range(self.world_size))
+        """A device for each rank: the GPU of its local rank, or a CPU process where there are none.
+
+        On several nodes a GPU's name ends with its node: "cuda:0@1".
+        """
+        if not torch.cuda.is_available():
+            return tuple(f"cpu:{rank}" for rank in range(self.world_size))
+        places = [divmod(rank, self.local_world_size) for rank in range(self.world_size)]
+        return tuple(f"cuda:{local}@{node}" if self.nodes > 1 else f"cuda:{local}" for node, local in places)
 
     def start(self, address: Address, key: bytes, ranks: int) -> list[Process]:
         """Tell the job's other processes where the front is, and start the first rank's worker."""

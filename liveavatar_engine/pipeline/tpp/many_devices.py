@@ -14,7 +14,7 @@ from ... import errors
 from ...config import EngineConfig, ModelConfig, StreamGeometry
 from ...config.geometry import LATENT_FRAME_STRIDE
 from ...errors import LiveAvatarError, SessionError, WorkerError
-from ..runner import StreamOrder, WorkerInfo
+from ..runner import Ending, StreamOrder, WorkerInfo
 from .crew import Crew
 from .launch import Launcher
 from .plan import Lane, Plan
@@ -69,7 +69,9 @@ class ManyDevices:
         streams = self._streams = _Streams(self._config.max_sessions, self.plan)
         self._geometry: StreamGeometry | None = None
         self._frames: dict[int, SharedFrames] = {}
-        crew = Crew(self.plan, self._launcher, streams.dispatch, streams.fail, streams.ended.set, trace=self._trace)
+        crew = Crew(
+            self.plan, self._launcher, streams.dispatch, streams.fail, streams.ending.draining.set, trace=self._trace
+        )
         streams.relay = partial(_relay, crew, self.plan)
         crew.start(self._setups, progress)
         return crew
@@ -126,6 +128,8 @@ class ManyDevices:
         fields: dict[str, object] = {
             "height": geometry.height,
             "width": geometry.width,
+            "frames_per_block": geometry.frames_per_block,
+            "ring_frames": geometry.ring_frames,
             "motion_tokens": geometry.motion_tokens,
             "actors": actors,
             "masked": masked,
@@ -164,7 +168,9 @@ class ManyDevices:
                 partial(self._crew.send, lane.stages[0][0].rank),
                 partial(_read, self._frames.get(decoder)),
             )
-            producer = PipelineProducer(order, berth, self._config.early_first_frame, self._streams.ended, self._device)
+            producer = PipelineProducer(
+                order, berth, self._config.early_first_frame, self._streams.ending.draining, self._device
+            )
             self._streams.add(slot, berth.stream, producer)
         except BaseException:
             self._streams.release(slot)
@@ -177,10 +183,10 @@ class ManyDevices:
         return self._crew.spans()
 
     def drain(self) -> None:
-        self._streams.ended.set()
+        self._streams.ending.draining.set()
 
     def close(self) -> None:
-        self._streams.ended.set()
+        self._streams.ending.close()
         self._streams.fail(SessionError("the engine is closed"))
         self._streams.wait_until_idle(_CLOSING_SECONDS if self._crew.failure is None else 0)
         self._crew.close()
@@ -192,7 +198,7 @@ class _Streams:
     def __init__(self, slots: int, plan: Plan) -> None:
         self.gates = [Gate() for _ in plan.lanes]
         self._plan = plan
-        self.ended = threading.Event()
+        self.ending = Ending()
         self.opening = threading.RLock()
         self.relay: Callable[[Record, int], None] = lambda record, slot: None
         self._slots = slots
@@ -222,8 +228,9 @@ class _Streams:
             SessionError: there is none, or the engine is closed.
         """
         with self._changed:
-            if self.ended.is_set():
-                raise SessionError("the engine is closed")
+            self.ending.check()
+            if self.ending.draining.is_set():
+                raise SessionError("the engine is being drained: it opens no session")
             leaving = any(producer.leaving for _, producer in self._open.values())
             if not self._free and leaving:
                 self._changed.wait_for(lambda: bool(self._free) or self._failure is not None, _CLOSING_SECONDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,6 +111,8 @@ class PipelineProducer:
         self._arrived: deque[Record] = deque()
         self._first_latent = self._closed = self._fed = False
         self._asked = self._taken = 0
+        self._sending = threading.RLock()
+        self._left = False
         self._error: LiveAvatarError | None = None
         self._thread = threading.Thread(target=self._feed, name="liveavatar-feed", daemon=True)
 
@@ -158,7 +161,10 @@ class PipelineProducer:
         self._berth.send(self._berth.record("prompt", {"context": context}))
 
     def close(self) -> None:
-        """End the stream behind the blocks that are under way; its slot is free when the last stage says so."""
+        """End the stream behind the blocks that are under way; its slot is free when the last stage says so.
+
+        Nothing is sent here, by whoever lets go of a session, but on the feeding thread.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -183,37 +189,39 @@ class PipelineProducer:
             self._changed.notify_all()
 
     def fail(self, error: LiveAvatarError) -> None:
-        """Nothing more will come."""
+        """Nothing more will come; the stream leaves the pipeline, even while it waits for audio."""
         with self._changed:
             self._error = self._error or error
             self._changed.notify_all()
+        self._leave()
 
     # --- feeding
 
     def _feed(self) -> None:
+        index = 0
         try:
-            index = 0
             while self._feed_block(index):
                 index += 1
             with self._changed:
                 self._fed = True
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._closed or self._error is not None)
-            self._berth.send(self._berth.record("close"))
         except LiveAvatarError as error:
             self.fail(error)
-            self._close_behind_error()
         except Exception as error:
             failure = LiveAvatarError(f"block {index}: {error}")
             failure.__cause__ = error
             self.fail(failure)
-            self._close_behind_error()
+        self._leave()
 
-    def _close_behind_error(self) -> None:
-        try:
-            self._berth.send(self._berth.record("close"))
-        except LiveAvatarError:
-            return  # the pipeline itself has failed, and says so
+    def _leave(self) -> None:
+        """Tell all stages that no more comes, behind what they have been sent."""
+        with self._sending:
+            if self._left:
+                return
+            self._left = True
+            with suppress(LiveAvatarError):  # a pipeline that has failed needs no telling
+                self._berth.send(self._berth.record("close"))
 
     def _feed_block(self, index: int) -> bool:
         """Feed a block; False when there is none."""
@@ -232,10 +240,13 @@ class PipelineProducer:
         if not self._berth.gate.enter(self._over):
             return False
         tensors = {"states": states} if pose is None else {"states": states, "pose": pose}
-        with self._changed:
-            self._asked += len(parts)
         fields = {"block": index, "parts": list(parts), "slots": slots, "timings": timer.seconds()}
-        self._berth.send(self._berth.record("block", tensors, **fields))
+        with self._sending:
+            if self._left:
+                return False
+            with self._changed:
+                self._asked += len(parts)
+            self._berth.send(self._berth.record("block", tensors, **fields))
         return True
 
     def _over(self) -> bool:

@@ -31,6 +31,7 @@ class Weights:
         checkpoint: folder of the checkpoint; None with `preset` or `sleeping`.
         lora: adapter to merge, or None.
         vae: file of a light decoder, or None.
+        lora_scale: of the adapter, alpha / rank; None: what its file says.
         sleeping: costs of stages that only take their time, in place of a model.
         model: of which they pretend to be.
         preset: sizes of random weights, in place of a checkpoint.
@@ -40,6 +41,7 @@ class Weights:
     checkpoint: str | None = None
     lora: str | None = None
     vae: str | None = None
+    lora_scale: float | None = None
     sleeping: StageCosts | None = None
     model: ModelConfig | None = None
     preset: str | None = None
@@ -50,7 +52,7 @@ class Weights:
         """As a worker, which may run in another folder, is told where an engine's parts come from."""
         if isinstance(source, RandomWeights):
             return cls(vae=_text(source.vae), preset=source.preset, seed=source.seed)
-        return cls(str(source.checkpoint.resolve()), _text(source.lora), _text(source.vae))
+        return cls(str(source.checkpoint.resolve()), _text(source.lora), _text(source.vae), source.lora_scale)
 
     @property
     def source(self) -> Source:
@@ -58,7 +60,7 @@ class Weights:
         if self.preset is not None:
             return RandomWeights(self.preset, self.seed, _path(self.vae))
         assert self.checkpoint is not None
-        return Files(Path(self.checkpoint), _path(self.lora), _path(self.vae))
+        return Files(Path(self.checkpoint), _path(self.lora), _path(self.vae), self.lora_scale)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from ...config import StreamGeometry
 from ...errors import LiveAvatarError
 from ...runtime.timing import DeviceClock
-from ..device import resolve_device
+from ..device import local_name, resolve_device
 from .link import Door, Link, LinkClosed
 from .neighbours import Neighbours, Places
 from .outlet import Outlet
@@ -73,7 +73,7 @@ class Worker:
             )
             setup = WorkerSetup.decode(self._expect("setup").fields)
             torch.set_num_threads(setup.threads)
-            device = resolve_device((setup.rank.device,))
+            device = resolve_device((local_name(setup.rank.device),))
             self._front.send(Record("agreed"))
             self._clock_offset = self._expect("load")["clock_offset"]
             self._enter("loading")

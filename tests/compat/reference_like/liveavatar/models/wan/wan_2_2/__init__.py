@@ -1,0 +1,2 @@
+from . import configs  # noqa: F401
+from .other_tasks import TextToVideo  # noqa: F401

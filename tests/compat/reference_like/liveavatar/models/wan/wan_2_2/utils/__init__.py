@@ -1,0 +1,1 @@
+from .solvers import Solver  # noqa: F401

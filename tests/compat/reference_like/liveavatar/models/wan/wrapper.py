@@ -1,0 +1,1 @@
+raise AssertionError("a script that makes video must not need this")
