@@ -96,7 +96,8 @@ def _row(variant: Variant, settings: Settings, bench: Bench) -> dict[str, Any]:
     }
     try:
         bench.restart_memory()
-        found = run_session(bench.engine(settings, **{**_PLAIN, **variant.changes}), settings, bench)
+        with bench.engine(settings, **{**_PLAIN, **variant.changes}) as engine:
+            found = run_session(engine, settings, bench)
     except (LiveAvatarError, torch.OutOfMemoryError) as error:
         reason = f"not available: {str(error).splitlines()[0]}"
         bench.say(f"{variant.name}: {reason}")
@@ -105,7 +106,7 @@ def _row(variant: Variant, settings: Settings, bench: Bench) -> dict[str, Any]:
         "fps": found.fps,
         "steady_fps": found.steady_fps,
         "ttff_s": found.ttff,
-        "memory_mb": found.memory / 2**20,
+        "memory_mb": found.memory / 2**20 if variant.devices == 1 else None,
     }
     bench.say(f"{variant.name}: {found.fps:.2f} frames/s, {found.ttff:.2f} s to the first frame")
     return {**row, **measured}

@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..errors import ConfigError
+from ..pipeline.assembly import assemble
 from ..pipeline.device import resolve_precision
 from ..pipeline.engine import Encoders, Engine
 from ..pipeline.one_device import OneDevice
+from ..pipeline.source import Files, RandomWeights
+from ..pipeline.tpp.job import Job
+from ..pipeline.tpp.many_devices import ManyDevices
 from ..vae.light import load_decoder
 from ..vae.vae import Vae, load_vae
 from ..weights.layout import Checkpoint
 from ..weights.presets import PRESETS
+from ..weights.random_parts import RandomParts
 from .environment import Environment
 from .kernels.rows import Limits, limits_of
 from .kernels.timing import Ceilings, clock_of, measure_ceilings
-from .parts import RandomParts
 from .settings import Settings
 
 _CEILING_REPEATS = 30
@@ -75,16 +78,15 @@ class Bench:
             DeviceMemoryError: the device is too small.
         """
         config = settings.engine_config(**changes)
-        if settings.checkpoint is None and len(config.devices) > 1 and not isinstance(config.devices, str):
-            count = len(config.devices)
-            raise ConfigError(f"random weights are made on one device, not on {count}; several need a checkpoint")
+        if len(config.devices) > 1 and not isinstance(config.devices, str):
+            return self.pipeline(settings, **changes)[0]
         started = time.perf_counter()
         if settings.checkpoint is not None:
             self.forget()
             engine = Engine.from_pretrained(settings.checkpoint, settings.lora, config, vae=settings.vae)
         else:
             parts = self._random_parts(settings)
-            parts.require_memory(settings, config)
+            parts.require_memory(settings.geometry(), config)
             decoder = None
             if settings.vae is not None:
                 precision = resolve_precision(config, self.device)
@@ -94,6 +96,28 @@ class Bench:
         self.synchronize()
         self.say(f"the weights are there, after {time.perf_counter() - started:.1f} s")
         return engine
+
+    def pipeline(self, settings: Settings, *, trace: bool = False, **changes: Any) -> tuple[Engine, ManyDevices]:
+        """An engine on the several devices that `changes` name, and its workers; it must be closed.
+
+        Raises:
+            LiveAvatarError: as of `Engine.from_pretrained`.
+        """
+        config = settings.engine_config(**changes)
+        self.forget()
+        source: Files | RandomWeights
+        light = None if settings.vae is None else Path(settings.vae)
+        if settings.checkpoint is not None:
+            lora = None if settings.lora is None else Path(settings.lora)
+            source = Files(Path(settings.checkpoint), lora, light)
+        else:
+            assert settings.preset is not None
+            source = RandomWeights(settings.preset, settings.seed, light)
+        started = time.perf_counter()
+        parts = assemble(source, config, None, Job.current(), trace=trace)
+        assert isinstance(parts.runner, ManyDevices)
+        self.say(f"{len(parts.runner.plan)} workers are ready, after {time.perf_counter() - started:.1f} s")
+        return Engine(parts.config, parts.runner, parts.encoders), parts.runner
 
     def vae(self, settings: Settings) -> Vae:
         """The VAE of a point alone, in its precision.

@@ -18,7 +18,7 @@ from ..errors import ConfigError, LiveAvatarError
 from ..files import check_writable, write_atomically
 from ..pipeline.device import resolve_device
 from ..weights.presets import PRESETS
-from . import html, screen, tpp
+from . import html, screen
 from .bench import Bench
 from .compare import suite as compare
 from .compare.report import SUITE as COMPARE
@@ -27,6 +27,10 @@ from .kernels import suite as kernels
 from .results import Report
 from .runner import SUITES, Plan, exit_code, run_plan
 from .settings import CPU_PRESET, CPU_SIZE, GPU_PRESET, GPU_SIZE, Settings, on_or_off, parse_sweep, sweep_points
+from .tpp.options import SUITE as TPP
+from .tpp.options import TppOptions, chosen_devices
+from .tpp.options import add_arguments as add_tpp_arguments
+from .tpp.options import check_unused as check_tpp_unused
 
 PROGRAM = "python -m liveavatar_engine.bench"
 EXIT_ERROR = 2
@@ -42,7 +46,8 @@ suites:
   ablation   the paper's Tables 3 and 6 for this machine
   all        all of these (the default)
   compare    the reference's own code beside the engine: docs/compare.md
-  tpp        a pipeline over several devices; --simulate predicts it from its stages' costs
+  tpp        a pipeline over several devices; on one: its stages in turn, and what several such devices would do;
+             --simulate predicts from costs alone, --sleep runs real processes whose stages only take their time
 """
 _EXAMPLES = """examples:
   python -m liveavatar_engine.bench                                         everything; 14B random weights on a GPU
@@ -52,6 +57,8 @@ _EXAMPLES = """examples:
   python -m liveavatar_engine.bench all --preset tiny --size 64x64 --device cpu --blocks 3 --warmup 1
   python -m liveavatar_engine.bench kernels --op ring_attention --filter "3375 tokens"
   python -m liveavatar_engine.bench tpp --simulate --step-ms 110 --vae-ms 60 --devices 5 --html pipeline.html
+  python -m liveavatar_engine.bench tpp --devices 5 --preset 14b --trace trace.json --html pipeline.html
+  python -m liveavatar_engine.bench tpp --sleep --step-ms 110 --vae-ms 60 --devices 5
 
 --sweep takes KEY=VALUE[,VALUE...] as often as you like, with spaces or commas in between; every combination is run.
 Keys: size, precision, kv_precision, steps, schedule, kv_mode, graphs (on, off), motion_tokens (on, off), preset.
@@ -79,7 +86,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     for path in (options.json, options.html, options.trace):
         if path is not None:
             check_writable(path)
-    device = resolve_device(EngineConfig(devices=options.device).devices)
+    device = _device(options)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     plan = _plan(options, device)
@@ -97,6 +104,13 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return exit_code(report)
 
 
+def _device(options: argparse.Namespace) -> torch.device:
+    """That is measured on; the first one of a pipeline."""
+    if options.suite == TPP and not options.simulate:
+        return resolve_device(chosen_devices(options)[:1])
+    return resolve_device(EngineConfig(devices=options.device).devices)
+
+
 def _plan(options: argparse.Namespace, device: torch.device) -> Plan:
     suites = SUITES if options.suite == "all" else (options.suite,)
     sweep = parse_sweep(options.sweep)
@@ -112,7 +126,7 @@ def _plan(options: argparse.Namespace, device: torch.device) -> Plan:
     )
     points = tuple(point for one in base for point in sweep_points(one, sweep))
     isolated = options.suite == "all" or len(points) > 1
-    tpp_options = tpp.TppOptions.of(options) if options.suite == tpp.SUITE else None
+    tpp_options = TppOptions.of(options) if options.suite == TPP else None
     return Plan(suites, points, kernel_options, compare.CompareOptions.of(options), isolated, tpp_options)
 
 
@@ -131,7 +145,7 @@ def _settings(options: argparse.Namespace, device: torch.device, presets: Sequen
             lora=_text(options.lora),
             vae=_text(options.vae),
             device=str(device),
-            size=options.size or (GPU_SIZE if on_gpu else CPU_SIZE),
+            size=options.size or (GPU_SIZE if on_gpu or options.sleep else CPU_SIZE),
             precision=options.precision,
             kv_precision=options.kv_precision,
             steps=options.steps,
@@ -159,9 +173,9 @@ def _check_belongings(options: argparse.Namespace) -> None:
             if options.reference is None
             else f"--reference belongs to the suite compare, not to {options.suite}"
         )
-    if options.suite != tpp.SUITE:
-        tpp.check_unused(options)
-    if options.suite in (kernels.SUITE, tpp.SUITE) and options.sweep:
+    if options.suite != TPP:
+        check_tpp_unused(options)
+    if options.suite in (kernels.SUITE, TPP) and options.sweep:
         own = "sizes, those of the 14B model" if options.suite == kernels.SUITE else "options: --devices and costs"
         raise ConfigError(f"--sweep: the suite {options.suite} has its own {own}")
     if options.suite == kernels.SUITE:
@@ -178,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    suites = (*SUITES, COMPARE, tpp.SUITE, "all")
+    suites = (*SUITES, COMPARE, TPP, "all")
     parser.add_argument("suite", nargs="?", default="all", choices=suites, metavar="SUITE", help=", ".join(suites))
     _add_model(parser)
     _add_engine(parser)
@@ -199,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     only.add_argument("--quick", action="store_true", help="one picture size, fewer repeats: under two minutes")
     only.add_argument("--choose", action="store_true", help="write fp8_linear/choices.json from what was measured")
     compare.add_arguments(parser)
-    tpp.add_arguments(parser)
+    add_tpp_arguments(parser)
     return parser
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
-from . import ablation, plots, step, stream, tpp, vae, work
+from . import ablation, plots, step, stream, vae, work
 from .compare import report as compare
 from .kernels import suite as kernels
 from .kernels.rows import MEASURED as ROW_MEASURED
@@ -17,6 +17,9 @@ from .results import SIMULATED, Figure, Report, Run, Series, Stage
 from .screen import CPU_NOTE, STAGE_HEADINGS, maybe, number, stage_lines
 from .stages import ONCE_PER_BLOCK
 from .style import STYLE
+from .tpp import suite as tpp
+from .tpp.options import SUITE as TPP
+from .tpp.picture import CAPTION, timeline
 
 _STYLES: Mapping[str, str] = {
     **{name: f"linear{index}" for index, name in enumerate(work.LINEARS)},
@@ -161,8 +164,11 @@ def _details(name: str, run: Run) -> Iterator[str]:
         yield from _kernels(run)
     if run.suite == compare.SUITE:
         yield from _comparison(name, run)
-    if run.suite == tpp.SUITE:
-        yield f"<figure><figcaption>{escape(tpp.CAPTION)}: {escape(name)}</figcaption>{tpp.timeline(run)}</figure>"
+    if run.suite == TPP:
+        if tpp.draws_a_timeline(run):
+            yield f"<figure><figcaption>{escape(CAPTION)}: {escape(name)}</figcaption>{timeline(run)}</figure>"
+        for title, headings, lines in tpp.tables(run):
+            yield f"<h3>{escape(name)}: {escape(title)}</h3>{_table(headings, lines)}"
 
 
 def _block_times(name: str, series: Series) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 from .results import Run
 
-_SHOWN_ALONE = ("preset", "size", "precision", "simulated", "devices")
-_HIDDEN = ("blocks", "warm_up", "seed", "device")
+_SHOWN_ALONE = ("preset", "size", "precision", "mode", "devices")
+_HIDDEN = ("blocks", "warm_up", "seed", "device", "simulated")
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
@@ -20,15 +20,13 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _told(key: str, value: Any) -> str:
-    if key == "simulated":
-        return "simulated" if value else "measured"
     if isinstance(value, bool):
         return f"{key.replace('_', ' ')} {'on' if value else 'off'}"
     match key:
         case "steps":
             return f"{value} steps"
         case "devices":
-            return f"{value} devices"
+            return f"{value} device{'s' * (value != 1)}"
         case "kv_precision":
             return f"kv {value}"
         case "kv_mode":

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import LiveAvatarError
-from . import ablation, step, stream, tpp, vae
+from . import ablation, step, stream, vae
 from .bench import Bench
 from .compare import suite as compare
 from .compare.report import SUITE as COMPARE
@@ -17,6 +17,9 @@ from .kernels import suite as kernels
 from .kernels.timing import first_line
 from .results import FAILED, NOT_RUN, Report, Run
 from .settings import Settings
+from .tpp import suite as tpp
+from .tpp.options import SUITE as TPP
+from .tpp.options import TppOptions
 
 Measure = Callable[[Settings, Bench], Run]
 Save = Callable[[Report], None]
@@ -33,7 +36,7 @@ class Plan:
 
     Attributes:
         suites: of SUITES, or that of comparing with the reference, or that of pipelines.
-        points: of the sweep, one or more; the suites `kernels` and `tpp` have none.
+        points: of the sweep, one or more; the suite `kernels` has none, `tpp` one.
         kernel_options, compare_options, tpp_options: of these suites.
         isolated: whether a suite that cannot run, or fails, becomes a run that says so; otherwise it raises.
     """
@@ -43,11 +46,11 @@ class Plan:
     kernel_options: kernels.KernelOptions
     compare_options: compare.CompareOptions | None
     isolated: bool
-    tpp_options: tpp.TppOptions | None = None
+    tpp_options: TppOptions | None = None
 
     @property
     def runs(self) -> int:
-        return sum(1 if suite in (kernels.SUITE, tpp.SUITE) else len(self.points) for suite in self.suites)
+        return sum(1 if suite in (kernels.SUITE, TPP) else len(self.points) for suite in self.suites)
 
 
 def run_plan(plan: Plan, bench: Bench, save: Save) -> Report:
@@ -85,7 +88,7 @@ def _jobs(
     if kernels.SUITE in plan.suites:
         yield kernels.SUITE, {}, lambda: kernels.measure(plan.kernel_options, bench, progress)
     if plan.tpp_options is not None:
-        yield tpp.SUITE, plan.tpp_options.as_dict(), partial(tpp.measure, plan.tpp_options, bench)
+        yield TPP, plan.tpp_options.as_dict(), partial(tpp.measure, plan.tpp_options, plan.points[0], bench)
     for point in plan.points:
         for name in plan.suites:
             if name in _BY_POINT:

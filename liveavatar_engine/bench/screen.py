@@ -10,13 +10,16 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from . import ablation, step, tpp
+from . import ablation, step
 from .compare import report as compare
 from .kernels import report as kernel_tables
 from .kernels import suite as kernels
 from .kernels import targets
 from .labels import labels
 from .results import FAILED, SIMULATED, Figure, Report, Run, Stage
+from .tpp import suite as tpp
+from .tpp.options import SUITE as TPP
+from .tpp.picture import text_timeline
 
 _WIDTH = 180
 """Columns where the report does not go to a terminal."""
@@ -92,8 +95,10 @@ def _details(name: str, run: Run) -> Iterator[RenderableType]:
         yield _stages(name, run.stages)
     if run.suite == compare.SUITE and run.rows:
         yield compare.stand_in_table(run)
-    if run.suite == tpp.SUITE:
-        yield from tpp.text_timeline(run)
+    if run.suite == TPP:
+        if tpp.draws_a_timeline(run):
+            yield from text_timeline(run)
+        yield from (tpp.table(*parts) for parts in tpp.tables(run))
     if run.suite == ablation.SUITE:
         yield _ablation(name, run.rows)
         yield from (Text(f"  {row['name']}: {row['reason']}", style="yellow") for row in run.rows if row["reason"])

@@ -14,12 +14,12 @@ from ..config import EngineConfig, StreamGeometry
 from ..denoise.diagonal import open_stream
 from ..denoise.executor import StepExecutor
 from ..denoise.positions import Place, Scene
-from ..denoise.stream import Conditions, SinkPolicy
+from ..denoise.stream import Conditions, LatentStream, SinkPolicy
 from ..pipeline.device import resolve_precision
 from ..pipeline.engine import Engine
+from ..weights.random_parts import prompt_tokens
 from . import work
 from .bench import Bench, Marks
-from .parts import prompt_tokens
 from .results import Figure, Run, Series, Stage, percentile
 from .settings import Settings
 from .stages import ONCE_PER_BLOCK, timed_stages
@@ -60,29 +60,30 @@ def measure(settings: Settings, bench: Bench) -> Run:
 
 def _real(settings: Settings, bench: Bench) -> tuple[_Times, int]:
     """Times of steps as streams run them, and the memory that this took."""
-    executor = _warm(bench.engine(settings), settings)
-    return _run(executor, settings, bench), bench.memory_bytes()
+    executor = warm_executor(bench.engine(settings), settings)
+    return run_blocks(executor, settings, bench), bench.memory_bytes()
 
 
 def _staged(settings: Settings, bench: Bench) -> tuple[tuple[Stage, ...], float]:
     """Stages of steps that run without graphs, one after the other, and the operations of a step."""
     engine = bench.engine(settings, graphs=False, schedule="sequential")
-    executor = _warm(engine, settings)
+    executor = warm_executor(engine, settings)
     works = _works(engine.config, executor.geometry, bench)
     return _stages(executor, settings, bench, works), work.total(works)
 
 
-def _warm(engine: Engine, settings: Settings) -> StepExecutor:
+def warm_executor(engine: Engine, settings: Settings) -> StepExecutor:
+    """What runs an engine's denoise steps, warm for streams of these settings."""
     geometry = settings.geometry()
     engine.warm_up((geometry.height, geometry.width))
     assert engine.executor is not None
     return engine.executor
 
 
-def _run(executor: StepExecutor, settings: Settings, bench: Bench) -> _Times:
+def run_blocks(executor: StepExecutor, settings: Settings, bench: Bench) -> _Times:
     """Take blocks back to back, then a few on an idle device."""
     steps, marks, times = executor.steps, Marks(bench.device), _Times()
-    blocks = _Blocks(executor, settings, observe=lambda block, step, velocity: marks.mark())
+    blocks = RandomBlocks(executor, settings, observe=lambda block, step, velocity: marks.mark())
     with blocks.stream(settings.warm_up) as take:
         marks.clear()
         for _ in range(settings.blocks):
@@ -110,7 +111,7 @@ def _stages(
     executor: StepExecutor, settings: Settings, bench: Bench, works: Mapping[str, work.Work]
 ) -> tuple[Stage, ...]:
     """Time some blocks without graphs. Stages per step in a fixed order; what is done once per block comes last."""
-    blocks = _Blocks(executor, settings)
+    blocks = RandomBlocks(executor, settings)
     count = min(_STAGE_BLOCKS, settings.blocks)
     with blocks.stream(executor.geometry.blocks_per_clip) as take:
         bench.synchronize()
@@ -132,7 +133,7 @@ def _stages(
     return tuple(made)
 
 
-class _Blocks:
+class RandomBlocks:
     """A stream of random blocks on an executor's first slot."""
 
     def __init__(
@@ -174,6 +175,19 @@ class _Blocks:
             yield take
         finally:
             stream.drain()
+            stream.close()
+
+    def prefill_ms(self) -> float:
+        """Milliseconds to prefill a new sink at once, as a pipeline's stage does when it waits for the latent."""
+        executor, marks = self._executor, Marks(self._executor.denoiser.network.device)
+        stream = LatentStream(executor, 0, self._conditions, SinkPolicy("random", 1, self._settings.seed))
+        try:
+            stream.push(self._noise, self._audio)
+            marks.mark()
+            stream.prepare()
+            marks.mark()
+            return marks.intervals_ms()[0]
+        finally:
             stream.close()
 
     def write_place(self) -> float:

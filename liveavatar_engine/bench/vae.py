@@ -58,13 +58,13 @@ def measure(settings: Settings, bench: Bench) -> Run:
     generator = torch.Generator().manual_seed(settings.seed)
     latents = torch.randn(geometry.block_shape, generator=generator).to(bench.device)
     deadline = geometry.seconds_per_block * 1e3
-    times = _decode_ms(stream.decode, latents, settings.warm_up, settings.blocks, bench.device)
+    times = decode_ms(stream.decode, latents, settings.warm_up, settings.blocks, bench.device)
     blocks = Series("decode_ms", "ms", "decode of a block", tuple(times), deadline)
     memory = bench.memory_bytes()
     plain = vae.decoder_stream()
     plain.decode(still.priming)
     fewer = min(settings.blocks, _PLAIN_BLOCKS)
-    times = _decode_ms(lambda x: to_uint8(plain.decode(x)), latents, min(settings.warm_up, 2), fewer, bench.device)
+    times = decode_ms(lambda x: to_uint8(plain.decode(x)), latents, min(settings.warm_up, 2), fewer, bench.device)
     plain_blocks = Series("plain_decode_ms", "ms", "decode of a block in plain PyTorch", tuple(times), deadline)
     counts = [_counted(lambda: stream.decode(latents)), _counted(lambda: to_uint8(plain.decode(latents)))]
     if bench.device.type == "cuda":
@@ -126,7 +126,7 @@ def _light(settings: Settings, bench: Bench, wan: BlockDecoder, latents: Tensor,
     decoder = BlockDecoder(loaded, rows, columns, count, recorder(bench.device, graphs))
     stream = decoder.stream()
     deadline = settings.geometry().seconds_per_block * 1e3
-    times = _decode_ms(stream.decode, latents, settings.warm_up, settings.blocks, bench.device)
+    times = decode_ms(stream.decode, latents, settings.warm_up, settings.blocks, bench.device)
     blocks = Series("light_decode_ms", "ms", f"decode of a block by {path.name}", tuple(times), deadline)
     if isinstance(loaded, LightDecoder):
         flops = float(count * loaded.shape.flops(rows, columns))
@@ -152,7 +152,7 @@ def _light(settings: Settings, bench: Bench, wan: BlockDecoder, latents: Tensor,
     )
 
 
-def _decode_ms(
+def decode_ms(
     decode: Callable[[Tensor], Tensor], latents: Tensor, warm_up: int, blocks: int, device: torch.device
 ) -> list[float]:
     """Milliseconds of each block behind the warm-up."""

@@ -12,7 +12,7 @@ from ..errors import LiveAvatarError
 from . import convert, generate, inspect, make_checkpoint
 
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = generate.EXIT_INTERRUPTED
 
 _EXAMPLES = """examples:
   liveavatar-engine make-checkpoint --preset tiny build/tiny

@@ -6,10 +6,9 @@ import argparse
 import importlib
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -18,11 +17,14 @@ from ..config import EngineConfig
 from ..config.engine import DEFAULT_SEED, PRECISIONS, VAE_PRECISIONS
 from ..config.geometry import FRAMES_PER_SECOND
 from ..errors import ConfigError, InputError
-from .settings import FP8_SKIP_HELP, OFFLOAD_HELP, fp8_skip, offload
+from ..files import check_writable
+from .settings import FP8_SKIP_HELP, OFFLOAD_HELP, devices, fp8_skip, offload, stage_ms
 
 if TYPE_CHECKING:
     from ..pipeline.engine import Engine
     from ..pipeline.session import Session
+
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 
 _EXAMPLES = """examples:
   liveavatar-engine generate --checkpoint ckpt/Wan2.2-S2V-14B --lora ckpt/LiveAvatar/liveavatar.safetensors \\
@@ -30,10 +32,18 @@ _EXAMPLES = """examples:
   liveavatar-engine generate --checkpoint build/tiny --image two.png --audio left.wav+right.wav \\
       --actor-mask left.png+right.png --size 512x512 --max-blocks 10 --out two.mp4
 
+  liveavatar-engine generate --checkpoint ckpt/Wan2.2-S2V-14B --image face.jpg --audio speech.wav --out face.mp4 \\
+      --devices cuda:0,cuda:1,cuda:2,cuda:3,cuda:4 --trace timeline.json
+  torchrun --nproc-per-node 5 -m liveavatar_engine generate --checkpoint ckpt/Wan2.2-S2V-14B --image face.jpg \\
+      --audio speech.wav --out face.mp4
+
+--devices spreads the denoise steps and the decoder over several devices; `inspect --devices` shows how. In a torchrun
+job these are the job's own, and its first process writes the video.
 --size W*H is an area: the video keeps the image's aspect ratio, with sides that are multiples of 64.
 --size WxH is exact: both sides multiples of 16. The image's shorter side becomes the shorter of both; what is too
 long is cropped, what is too short gets black bars.
-Ctrl-C ends the video where it is and leaves a playable file.
+Ctrl-C ends the video where it is and leaves a playable file (exit code 130). SIGTERM lets what is under way be
+finished first (143).
 """
 
 
@@ -61,6 +71,7 @@ def add_parser(commands: Any) -> None:
     files.add_argument("--actor-mask", metavar="F[+F...]", help="where each actor is: one mask image per audio file")
     files.add_argument("--pose-video", type=Path, metavar="F", help="video whose frames steer the pose")
     files.add_argument("--out", type=Path, required=True, metavar="F.mp4", help="the video to write")
+    files.add_argument("--trace", type=Path, metavar="F", help="timeline of several devices, for ui.perfetto.dev")
     scene = parser.add_argument_group("scene")
     scene.add_argument("--prompt", default="", metavar="T", help="what the scene shows (default: nothing said)")
     scene.add_argument("--size", default=EngineConfig.size, metavar="W*H|WxH", help="default %(default)s")
@@ -85,6 +96,13 @@ def add_parser(commands: Any) -> None:
     )
     engine.add_argument("--fp8-skip", metavar="NAME[,NAME...]", help=FP8_SKIP_HELP)
     engine.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default auto)")
+    engine.add_argument("--devices", metavar="N|A,B...", help="several devices: how many GPUs, or which")
+    engine.add_argument(
+        "--sequence-parallel", type=int, default=1, metavar="K", help="devices that share a step (default 1)"
+    )
+    engine.add_argument(
+        "--stage-ms", metavar="STEP,DECODE", help="measured ms of a step and of a block's decode, to spread work by"
+    )
     engine.add_argument("--offload", metavar="PART[,PART...]", help=OFFLOAD_HELP)
     engine.add_argument(
         "--features", choices=("global", "windowed"), default="global", help="how audio is encoded (default global)"
@@ -126,40 +144,55 @@ def run(arguments: argparse.Namespace) -> int:
     from ..media.part_file import PartFile
 
     config = _engine_config(arguments)
+    if not _leads():
+        _load(arguments, config, Console(quiet=True)).close()
+        return 0
     audio = _paths(arguments.audio)
     masks = _paths(arguments.actor_mask) if arguments.actor_mask is not None else None
     watermark = _watermark(arguments.watermark)
     PartFile(arguments.out).discard()
+    if arguments.trace is not None:
+        check_writable(arguments.trace)
     load_image(arguments.image)
     for path in audio:
         probe_audio(path)
 
     console = Console(stderr=True)
-    engine = _load(arguments, config, console)
-    with console.status("preparing the portrait"):
-        session = engine.generate(
-            arguments.image,
-            audio,
-            arguments.prompt,
-            seed=arguments.seed,
-            pose_video=arguments.pose_video,
-            actor_masks=masks,
-            max_blocks=arguments.max_blocks,
-        )
-    with (
-        session,
-        Soundtrack(audio) as soundtrack,
-        Mp4Writer(arguments.out, session.width, session.height, soundtrack=soundtrack, watermark=watermark) as writer,
-        _stop_signals(),
-    ):
-        interrupted = _write_blocks(session, writer.write, console)
+    with _load(arguments, config, console) as engine:
+        with console.status("preparing the portrait"):
+            session = engine.generate(
+                arguments.image,
+                audio,
+                arguments.prompt,
+                seed=arguments.seed,
+                pose_video=arguments.pose_video,
+                actor_masks=masks,
+                max_blocks=arguments.max_blocks,
+            )
+        with (
+            session,
+            _Termination(engine.drain) as termination,
+            Soundtrack(audio) as soundtrack,
+            Mp4Writer(
+                arguments.out, session.width, session.height, soundtrack=soundtrack, watermark=watermark
+            ) as writer,
+        ):
+            interrupted = _write_blocks(session, writer.write, console)
     done = f"{writer.frames_written} frames, {writer.frames_written / FRAMES_PER_SECOND:.2f} s"
-    if interrupted:
+    if interrupted or termination.came:
         kept = f"kept what was made in {arguments.out}: {done}" if writer.frames_written else "nothing was written"
-        console.print(f"interrupted; {kept}")
-        return 130
+        console.print(f"{'interrupted' if interrupted else 'terminated'}; {kept}")
+        return EXIT_INTERRUPTED if interrupted else EXIT_TERMINATED
     console.print(f"wrote {arguments.out}: {session.width}x{session.height}, {done}")
     return 0
+
+
+def _leads() -> bool:
+    """Whether this process makes the video; in a torchrun job, the first one does, and the others work for it."""
+    from ..pipeline.tpp.job import Job
+
+    job = Job.current()
+    return job is None or job.rank == 0
 
 
 def _load(arguments: argparse.Namespace, config: EngineConfig, console: Console) -> Engine:
@@ -176,6 +209,7 @@ def _load(arguments: argparse.Namespace, config: EngineConfig, console: Console)
             config,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             vae=arguments.vae,
+            trace=arguments.trace,
         )
 
 
@@ -204,18 +238,28 @@ def _write_blocks(session: Session, write: Callable[..., None], console: Console
     return False
 
 
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Let SIGTERM end the video as Ctrl-C does."""
+class _Termination:
+    """Lets SIGTERM end the video when what is under way is finished.
 
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+    Attributes:
+        came: whether it has.
+    """
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __init__(self, drain: Callable[[], None]) -> None:
+        self.came = False
+        self._drain = drain
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGTERM, self._end)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _end(self, number: int, frame: object) -> None:
+        self.came = True
+        self._drain()
 
 
 def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
@@ -225,7 +269,9 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
         kv_precision=arguments.kv_precision,
         vae_precision=arguments.vae_precision,
         fp8_skip=fp8_skip(arguments.fp8_skip),
-        devices=arguments.device,
+        devices=devices(arguments.devices, arguments.device),
+        sequence_parallel=arguments.sequence_parallel,
+        stage_ms=stage_ms(arguments.stage_ms),
         steps=arguments.steps,
         features=arguments.features,
         sink_distance=_integer_or("random", arguments.sink_distance, "--sink-distance"),

@@ -33,12 +33,14 @@ _EXAMPLES = """examples:
   liveavatar-engine inspect ckpt/Wan2.2-S2V-14B --size 720x400 --precision fp8 --sessions 2
   liveavatar-engine inspect --kernels
   liveavatar-engine inspect --devices 5
+  liveavatar-engine inspect ckpt/Wan2.2-S2V-14B --devices 5 --size 704x384 --precision fp8
   liveavatar-engine inspect --devices 5 --sequence-parallel 2 --step-ms 110 --vae-ms 60
   liveavatar-engine inspect --devices cuda:0,cuda:1,cuda:2 --costs results.json
   liveavatar-engine inspect ckpt/Wan2.2-S2V-14B --precision --image face.jpg --audio speech.wav --json losses.json
 
 --kernels shows what can compute each op on this machine, and why the rest cannot. --devices shows which of several
-devices would do which denoise steps, and the speed that follows from what a step and a decode cost. --precision without
+devices would do which denoise steps, and the speed that follows from what a step and a decode cost; with DIR also the
+memory that each of them needs. --precision without
 a value runs the network and shows the signal to noise that every linear layer would have in FP8: what --fp8-skip is
 chosen by.
 Without these, only file headers of the network are read. An area (W*H) is taken for a 16:9 picture.
@@ -79,7 +81,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--kv-mode", choices=("timestep", "clean"), default="timestep", help="of the rings")
     parser.add_argument("--offload", metavar="PART[,PART...]", help=OFFLOAD_HELP)
     layout = parser.add_argument_group("the layout of several devices")
-    layout.add_argument("--devices", metavar="N|A,B...", help="how many GPUs, or which; DIR is not needed")
+    layout.add_argument("--devices", metavar="N|A,B...", help="how many GPUs, or which; with DIR: also their memory")
     layout.add_argument("--sequence-parallel", type=int, default=1, metavar="K", help="that share a step (default 1)")
     add_cost_arguments(layout)
     report = parser.add_argument_group("for the report of --precision")
@@ -98,7 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
         show_kernels(console)
         return 0
     if arguments.devices is not None:
-        show_devices(arguments, console)
+        config = None if arguments.folder is None else _config(arguments, sequence_parallel=arguments.sequence_parallel)
+        show_devices(arguments, config, console)
         return 0
     for name in ("step_ms", "vae_ms", "transfer_ms", "costs"):
         if getattr(arguments, name) is not None:
@@ -107,20 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.folder, arguments.precision = Path(arguments.precision), _REPORT  # inspect --precision DIR
     if arguments.folder is None:
         raise InputError("inspect: name a checkpoint's folder, or ask for --kernels or --devices")
-    reports = arguments.precision == _REPORT
-    config = EngineConfig(
-        size=arguments.size,
-        precision="auto" if reports else arguments.precision or _precision_of(arguments.folder),
-        kv_precision=arguments.kv_precision,
-        fp8_skip=fp8_skip(arguments.fp8_skip),
-        steps=arguments.steps,
-        max_sessions=arguments.sessions,
-        devices=arguments.device,
-        schedule=arguments.schedule,
-        kv_mode=arguments.kv_mode,
-        offload=offload(arguments.offload),
-    )
-    if reports:
+    config = _config(arguments)
+    if arguments.precision == _REPORT:
         show_precision(arguments, config, console)
         return 0
     from ..weights.report import inspect_checkpoint
@@ -137,6 +128,24 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(_room_line(report), soft_wrap=True)
     console.print("ready to use" if report.ok else "an engine cannot load this checkpoint", style="bold")
     return 0 if report.ok else EXIT_UNUSABLE
+
+
+def _config(arguments: argparse.Namespace, **more: Any) -> EngineConfig:
+    """Of the engine that the questions are about."""
+    reports = arguments.precision == _REPORT
+    return EngineConfig(
+        size=arguments.size,
+        precision="auto" if reports else arguments.precision or _precision_of(arguments.folder),
+        kv_precision=arguments.kv_precision,
+        fp8_skip=fp8_skip(arguments.fp8_skip),
+        steps=arguments.steps,
+        max_sessions=arguments.sessions,
+        devices=arguments.device,
+        schedule=arguments.schedule,
+        kv_mode=arguments.kv_mode,
+        offload=offload(arguments.offload),
+        **more,
+    )
 
 
 def _precision_of(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ..bench.layout import device_names
 from ..config import EngineConfig
 from ..config.engine import OFFLOADABLE, REFERENCE_FP8_SKIP
 from ..errors import ConfigError
@@ -25,6 +26,34 @@ def offload(text: str | None) -> tuple[str, ...]:
     if text is None:
         return EngineConfig.offload
     return () if text == "none" else tuple(text.split(","))
+
+
+def devices(several: str | None, one: str) -> str | tuple[str, ...]:
+    """What --devices names, by rank, or else --device.
+
+    Raises:
+        ConfigError: both are given, or --devices names nothing.
+    """
+    if several is None:
+        return one
+    if one != "auto":
+        raise ConfigError("--device and --devices: give one of them")
+    return device_names(several)
+
+
+def stage_ms(text: str | None) -> tuple[float, float]:
+    """Milliseconds of a step and of a block's decode, joined by a comma; the design's where there are none.
+
+    Raises:
+        ConfigError: they are something else.
+    """
+    if text is None:
+        return EngineConfig.stage_ms
+    try:
+        step, decode = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--stage-ms {text!r}: expected two times in ms, such as 110,60") from None
+    return step, decode
 
 
 def byte_count(text: str, option: str) -> int:

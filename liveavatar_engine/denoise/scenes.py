@@ -70,11 +70,14 @@ class Scenes:
         left = max(1, (self._changes[0].block - block) * steps - step)
         self._prefill.advance(self._job, -(-self._job.left // left))
 
-    def prepare(self, block: int) -> None:
-        """Finish the scene that `block` is to see, without letting it arrive."""
-        if self._changes and self._changes[0].block <= block and self._begin(self._changes[0], ()):
-            assert self._job is not None
-            self._prefill.advance(self._job, self._job.left)
+    def prepare(self, block: int) -> bool:
+        """Finish the scene that `block` is to see, without letting it arrive; False when there is nothing to do."""
+        if not self._changes or self._changes[0].block > block or not self._begin(self._changes[0], ()):
+            return False
+        assert self._job is not None
+        left = self._job.left
+        self._prefill.advance(self._job, left)
+        return left > 0
 
     def arrive(self, block: int, in_use: Collection[Scene] = ()) -> bool:
         """Whether `block` can start: what it is to see is there, or has been finished now."""

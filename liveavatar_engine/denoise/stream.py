@@ -167,10 +167,10 @@ class LatentStream:
             self._motion = motion if self.geometry.motion_tokens else None
             self._scenes.replace_contents(self.block, SinkContents(reference, self._motion))
 
-    def prepare(self) -> None:
-        """Finish now what the next block waits for at its start, if all it depends on is there."""
+    def prepare(self) -> bool:
+        """Finish now what the next block waits for at its start, if all it depends on is there; False: nothing was."""
         with self._executor.exclusive():
-            self._scenes.prepare(self.block)
+            return self._scenes.prepare(self.block)
 
     def change_prompt(self, context: Tensor) -> None:
         """Let another prompt, [tokens, text_dim], count: at once for the first block, later within a few blocks.

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from ..config import EngineConfig, ModelConfig
+from ..config import EngineConfig
 from ..errors import ConfigError
-from ..vae.light import load_decoder
-from ..weights.budget import expected_geometry, require_memory
-from ..weights.conversion import settled
-from ..weights.layout import Checkpoint
-from ..weights.network import LoadProgress, load_network
-from .device import local_name, log_kernels, resolve_device, resolve_precision
+from ..weights.budget import expected_geometry, require_room
+from ..weights.memory import Share
+from ..weights.network import LoadProgress
+from .device import local_name, log_kernels, resolve_device
 from .encoders import Encoders
 from .one_device import OneDevice
 from .runner import Runner
+from .source import Files, RandomWeights, Source
 from .tpp.job import Job
 from .tpp.launch import Launcher, Spawn
 from .tpp.many_devices import ManyDevices
@@ -26,23 +24,6 @@ from .tpp.plan import Plan, StageCosts, make_plan
 from .tpp.setup import Weights
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Files that an engine is made from.
-
-    Attributes:
-        checkpoint: folder.
-        lora: adapter to merge, or None.
-        vae: of a light decoder, or None.
-        lora_scale: of the adapter, alpha / rank; None: what its file says.
-    """
-
-    checkpoint: Path
-    lora: Path | None = None
-    vae: Path | None = None
-    lora_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +36,12 @@ class Parts:
 
 
 def assemble(
-    source: Source, config: EngineConfig, progress: LoadProgress | None, job: Job | None, *, trace: bool
+    source: Files | RandomWeights,
+    config: EngineConfig,
+    progress: LoadProgress | None,
+    job: Job | None,
+    *,
+    trace: bool,
 ) -> Parts:
     """Load what a configuration asks for, after everything has been checked that can be.
 
@@ -125,21 +111,16 @@ def choose_plan(config: EngineConfig, names: tuple[str, ...]) -> Plan:
 
 def _on_one(source: Source, config: EngineConfig, device: torch.device, progress: LoadProgress | None) -> Parts:
     log_kernels(device)
-    found = Checkpoint(source.checkpoint)
-    config = settled(config, found.root, source.lora)
-    require_memory(found, config, device)
-    precision = resolve_precision(config, device)
-    _log.info("loading %s as %s on %s", found.root, precision.dtype, device)
-    decoder = None if source.vae is None else load_decoder(source.vae, precision.decoder, device)
-    encoders = Encoders.load(found, config, device)
-    network = load_network(
-        found.root, source.lora, precision.dtype, device, progress, precision.fp8_skip, lora_scale=source.lora_scale
-    )
-    return Parts(config, OneDevice(config, network, decoder or encoders.vae), encoders)
+    config = source.settled(config)
+    require_room(expected_geometry(source.model(), config), source.sizes(), config, device)
+    _log.info("loading %s on %s", source.name, device)
+    encoders = source.encoders(config, device)
+    decoder = encoders.vae if source.vae is None else source.decoder(config, device)
+    return Parts(config, OneDevice(config, source.network(config, device, progress), decoder), encoders)
 
 
 def _on_many(
-    source: Source,
+    source: Files | RandomWeights,
     config: EngineConfig,
     names: tuple[str, ...],
     job: Job | None,
@@ -148,20 +129,23 @@ def _on_many(
 ) -> Parts:
     config.check_for_several_devices()
     plan = choose_plan(config, names)
-    found = Checkpoint(source.checkpoint)
-    config = settled(replace(config, devices=names), found.root, source.lora)
-    model = ModelConfig.from_file(found.config)
-    expected_geometry(model, config).heads_per_rank(config.sequence_parallel)
-    here = len(names) if job is None else job.local_world_size
-    decoders = [rank for rank in plan.ranks if rank.decoder is not None and rank.rank < here]
-    device = resolve_device((local_name(decoders[0].device if decoders else names[here - 1]),))
-    weights = Weights(str(source.checkpoint.resolve()), _path(source.lora), _path(source.vae), source.lora_scale)
-    _log.info("loading %s on %s", found.root, ", ".join(f"{rank.device}: {rank.stage}" for rank in plan.ranks))
-    encoders = Encoders.load(found, config, device)
+    config, model = source.settled(replace(config, devices=names)), source.model()
+    geometry = expected_geometry(model, config)
+    geometry.heads_per_rank(config.sequence_parallel)
+    device = encoding_device(plan, len(names) if job is None else job.local_world_size)
+    require_room(geometry, source.sizes(), config, device, Share(encodes=True, sessions=config.max_sessions))
+    _log.info("loading %s on %s", source.name, ", ".join(f"{rank.device}: {rank.stage}" for rank in plan.ranks))
+    encoders = source.encoders(config, device)
     launcher: Launcher = Spawn() if job is None or job.world_size == 1 else job
-    runner = ManyDevices(plan, config, weights, model, launcher, device, progress=progress, trace=trace)
+    runner = ManyDevices(plan, config, Weights.of(source), model, launcher, device, progress=progress, trace=trace)
     return Parts(config, runner, encoders)
 
 
-def _path(path: Path | None) -> str | None:
-    return None if path is None else str(path.resolve())
+def encoding_device(plan: Plan, here: int) -> torch.device:
+    """Where the engine's own process encodes conditions: beside the first decoder of this machine's `here` ranks.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    decoders = [rank for rank in plan.ranks if rank.decoder is not None and rank.rank < here]
+    return resolve_device((local_name((decoders[0] if decoders else plan.ranks[here - 1]).device),))

@@ -30,13 +30,14 @@ from ..errors import ConfigError, InputError, LiveAvatarError
 from ..runtime.graphs import recorder
 from ..weights.network import LoadProgress
 from . import inputs
-from .assembly import Source, assemble
+from .assembly import assemble
 from .device import graphs_absent
 from .encoders import Encoders
 from .one_device import OneDevice
 from .precision import LayerLoss, measured_losses
 from .runner import Runner, StreamOrder, WorkerInfo
 from .session import Session
+from .source import Files
 from .tpp.job import Job
 from .tpp.many_devices import ManyDevices
 from .tpp.trace import write_chrome_trace
@@ -110,7 +111,7 @@ class Engine:
             WorkerError: a worker process has ended.
             DeviceMemoryError: the device or the host has too little memory free; nothing has been allocated.
         """
-        source = Source(Path(checkpoint), _path(lora), _path(vae), lora_scale)
+        source = Files(Path(checkpoint), _path(lora), _path(vae), lora_scale)
         job = Job.current() if join_job else None
         parts = assemble(source, config or EngineConfig(), progress, job, trace=trace is not None)
         return cls(parts.config, parts.runner, parts.encoders, _path(trace))

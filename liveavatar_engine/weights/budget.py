@@ -14,16 +14,17 @@ from ..config.engine import OFFLOADABLE
 from ..config.size import MIN_SIDE, Size
 from ..errors import DeviceMemoryError, InputError
 from .layout import AUDIO_ENCODER, Checkpoint
-from .memory import MemoryEstimate, PartSizes, Shapes, gigabytes, predict_memory, stream_geometry
+from .memory import MemoryEstimate, PartSizes, Shapes, Share, gigabytes, predict_memory, stream_geometry
 from .tensors import TensorStore, read_pickle
 
 _MEMINFO = Path("/proc/meminfo")
 
 
-def require_memory(found: Checkpoint, config: EngineConfig, device: torch.device) -> None:
+def require_memory(found: Checkpoint, config: EngineConfig, device: torch.device, share: Share | None = None) -> None:
     """Compare what an engine of this checkpoint and configuration needs with what is free; only headers are read.
 
-    On a CPU, and for weights that stay in host memory, that is what the system calls available, where it tells.
+    On a CPU, and for weights that stay in host memory, that is what the system calls available, where it tells. With a
+    `share`, what one of its processes needs.
 
     Raises:
         DeviceMemoryError: it will not fit; the error holds the table of `predict_memory`, and what would help.
@@ -31,13 +32,24 @@ def require_memory(found: Checkpoint, config: EngineConfig, device: torch.device
         ConfigError: the size or the precision is not possible.
     """
     geometry = expected_geometry(ModelConfig.from_file(found.config), config)
-    parts = part_sizes(found)
-    estimate = predict_memory(geometry, parts, config, device)
+    require_room(geometry, part_sizes(found), config, device, share)
+
+
+def require_room(
+    geometry: StreamGeometry, parts: PartSizes, config: EngineConfig, device: torch.device, share: Share | None = None
+) -> None:
+    """`require_memory` for parts of these sizes, wherever they come from.
+
+    Raises:
+        DeviceMemoryError, ConfigError: see there.
+    """
+    estimate = predict_memory(geometry, parts, config, device, share)
     free = free_memory(device)
     if free is not None and estimate.total > free:
+        what = "the encoders need" if share is not None and not (share.denoises or share.decodes) else "this needs"
         raise DeviceMemoryError(
-            f"{device}: this needs {gigabytes(estimate.total)} of memory, {gigabytes(free)} are free\n"
-            f"{_explained(estimate, geometry, parts, config, device)}"
+            f"{device}: {what} {gigabytes(estimate.total)} of memory, {gigabytes(free)} are free\n"
+            f"{_explained(estimate, geometry, parts, config, device, share)}"
         )
     available = available_memory()
     if available is not None and estimate.host > available:
@@ -92,19 +104,24 @@ def _shapes(path: Path) -> Shapes:
 
 
 def _explained(
-    estimate: MemoryEstimate, geometry: StreamGeometry, parts: PartSizes, config: EngineConfig, device: torch.device
+    estimate: MemoryEstimate,
+    geometry: StreamGeometry,
+    parts: PartSizes,
+    config: EngineConfig,
+    device: torch.device,
+    share: Share | None,
 ) -> str:
     """The table, and what would help, with what each thing would save."""
     hints = []
-    for hint, changed in _lighter(config, device):
-        saved = estimate.total - predict_memory(geometry, parts, changed, device).total
+    for hint, changed in _lighter(config, device, one=share is None):
+        saved = estimate.total - predict_memory(geometry, parts, changed, device, share).total
         if saved > 0:
             hints.append(f"{hint} ({gigabytes(saved)} less)")
     return f"{estimate.table()}\nwhat would help: {', '.join([*hints, 'a smaller size'])}"
 
 
-def _lighter(config: EngineConfig, device: torch.device) -> Iterator[tuple[str, EngineConfig]]:
-    """Configurations that need less memory, each with what is changed."""
+def _lighter(config: EngineConfig, device: torch.device, *, one: bool) -> Iterator[tuple[str, EngineConfig]]:
+    """Configurations that need less memory, each with what is changed; sessions count where `one` process has all."""
     if config.kv_precision != "fp8":
         yield "kv_precision fp8", dataclasses.replace(config, kv_precision="fp8")
     if config.precision != "fp8":
@@ -113,6 +130,6 @@ def _lighter(config: EngineConfig, device: torch.device) -> Iterator[tuple[str, 
     for part in OFFLOADABLE if device.type == "cuda" else ():
         if part not in config.offload:
             yield f"offload {part}", dataclasses.replace(config, offload=(*config.offload, part))
-    if config.max_sessions > 1:
+    if one and config.max_sessions > 1:
         fewer = config.max_sessions - 1
         yield f"{fewer} session{'s' * (fewer > 1)}", dataclasses.replace(config, max_sessions=fewer)

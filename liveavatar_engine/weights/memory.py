@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -96,6 +96,27 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 10**8 else f"{count / 1e6:.2f} MB"
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one process of an engine on several devices holds.
+
+    Attributes:
+        encodes: conditions; so it has the encoders.
+        denoises: some steps; so it has the network.
+        decodes: so it has the decoder.
+        steps: that it takes, each with a ring; counts where it denoises.
+        mates: that share these steps.
+        sessions: that it serves at once.
+    """
+
+    encodes: bool = False
+    denoises: bool = False
+    decodes: bool = False
+    steps: int = 1
+    mates: int = 1
+    sessions: int = 1
+
+
 Shapes = Mapping[str, tuple[int, ...]]
 """Name -> shape of the tensors in a file."""
 
@@ -156,7 +177,11 @@ def stream_geometry(model: ModelConfig, config: EngineConfig, size: Size | None 
 
 
 def predict_memory(
-    geometry: StreamGeometry, parts: PartSizes, config: EngineConfig, device: torch.device
+    geometry: StreamGeometry,
+    parts: PartSizes,
+    config: EngineConfig,
+    device: torch.device,
+    share: Share | None = None,
 ) -> MemoryEstimate:
     """Predict the memory of an engine that has all of its sessions open.
 
@@ -165,18 +190,26 @@ def predict_memory(
         parts: sizes of the parts around the network.
         config: precision, steps, sessions, offloading, graphs, schedule; of devices that share a step, one counts.
         device: its kind counts; it need not be there.
+        share: of one of several processes; None: all is in one.
 
     Raises:
         ConfigError: precisions that do not go together, `fp8_skip` names no layer, or `sequence_parallel` cannot share
             the network's heads and tokens.
     """
-    return MemoryEstimate(tuple(_Prediction(geometry, parts, config, device).rows()))
+    if share is None:
+        every = Share(True, True, True)
+        return MemoryEstimate(tuple(_Prediction(geometry, parts, config, device, every).rows()))
+    own = replace(config, steps=share.steps, sequence_parallel=share.mates, max_sessions=share.sessions)
+    return MemoryEstimate(tuple(_Prediction(geometry, parts, own, device, share).rows()))
 
 
 class _Prediction:
     """The rows of an estimate."""
 
-    def __init__(self, geometry: StreamGeometry, parts: PartSizes, config: EngineConfig, device: torch.device) -> None:
+    def __init__(
+        self, geometry: StreamGeometry, parts: PartSizes, config: EngineConfig, device: torch.device, share: Share
+    ) -> None:
+        self._share = share
         self._geometry, self._model, self._parts, self._config = geometry, geometry.model, parts, config
         self._precision: Precision = resolve_precision(config, device)
         self._item = self._precision.dtype.itemsize
@@ -191,16 +224,19 @@ class _Prediction:
     def rows(self) -> Iterator[MemoryRow]:
         yield from self._weights()
         yield from self._per_session()
-        yield from self._buffers()
+        if self._share.denoises:
+            yield from self._buffers()
         yield from self._working()
 
     def _weights(self) -> Iterator[MemoryRow]:
-        network = sum(parameter.nbytes for parameter in self._network.parameters())
-        linear = "" if self._precision.fp8_skip is None else "linear layers in e4m3, "
-        yield MemoryRow("network", network, f"{linear}some parameters in float32")
-        yield self._part("text encoder", "text_encoder", self._parts.text_parameters * self._item)
-        yield MemoryRow("audio encoder", self._parts.audio_parameters * _WIDE, "float32")
-        if self._parts.vae is not None:
+        if self._share.denoises:
+            network = sum(parameter.nbytes for parameter in self._network.parameters())
+            linear = "" if self._precision.fp8_skip is None else "linear layers in e4m3, "
+            yield MemoryRow("network", network, f"{linear}some parameters in float32")
+        if self._share.encodes:
+            yield self._part("text encoder", "text_encoder", self._parts.text_parameters * self._item)
+            yield MemoryRow("audio encoder", self._parts.audio_parameters * _WIDE, "float32")
+        if self._parts.vae is not None and (self._share.encodes or self._share.decodes):
             size = _vae_bytes(self._parts.vae, self._precision.decoder)
             yield self._part("VAE", "vae", size, "the encoder is float32")
 
@@ -210,6 +246,25 @@ class _Prediction:
         return MemoryRow(name, 0, f"offloaded: {gigabytes(size)} of host memory", host=size)
 
     def _per_session(self) -> Iterator[MemoryRow]:
+        if self._share.denoises:
+            yield from self._caches()
+        if self._share.encodes and self._config.features == "global":
+            model, sessions = self._model, self._config.max_sessions
+            states = sessions * GLOBAL_SECONDS * FEATURE_RATE * model.audio_layers * model.audio_dim * _WIDE
+            yield MemoryRow("audio states", states, f"{_count(sessions, 'session')}, {GLOBAL_SECONDS} s each")
+        if self._share.decodes and self._parts.vae is not None:
+            yield self._decoder_row(self._parts.vae)
+
+    def _decoder_row(self, vae: VaeShape) -> MemoryRow:
+        sessions = self._config.max_sessions
+        if "vae" in self._offloaded:
+            history = sessions * _decoder_history(vae, self._pixels) * self._decoder_item
+            return MemoryRow("VAE buffers", history, f"history of {_count(sessions, 'session')}")
+        decoder = self._decoder(vae)
+        size = decoder.bytes + (sessions - 1) * decoder.history_bytes
+        return MemoryRow("VAE buffers", size, "of the decoder; other sessions: their history")
+
+    def _caches(self) -> Iterator[MemoryRow]:
         config, geometry, model = self._config, self._geometry, self._model
         sessions, rings = config.max_sessions, 1 if config.kv_mode == "clean" else config.steps
         meta = torch.device("meta")
@@ -219,16 +274,6 @@ class _Prediction:
         yield MemoryRow("rings", arena.ring_bytes, f"{rings_of}{shared}")
         yield MemoryRow("sinks", arena.sink_bytes, f"{_count(sessions, 'session')} x 2: one is read, one made{shared}")
         yield MemoryRow("text keys", arena.text_bytes, f"{_count(sessions, 'session')} x 2 x {model.text_len} tokens")
-        if config.features == "global":
-            states = sessions * GLOBAL_SECONDS * FEATURE_RATE * model.audio_layers * model.audio_dim * _WIDE
-            yield MemoryRow("audio states", states, f"{_count(sessions, 'session')}, {GLOBAL_SECONDS} s each")
-        if self._parts.vae is not None and "vae" in self._offloaded:
-            history = sessions * _decoder_history(self._parts.vae, self._pixels) * self._decoder_item
-            yield MemoryRow("VAE buffers", history, f"history of {_count(sessions, 'session')}")
-        elif self._parts.vae is not None:
-            decoder = self._decoder(self._parts.vae)
-            size = decoder.bytes + (sessions - 1) * decoder.history_bytes
-            yield MemoryRow("VAE buffers", size, "of the decoder; other sessions: their history")
 
     def _buffers(self) -> Iterator[MemoryRow]:
         """What lies ready on the device for steps to read and write, for one actor."""
@@ -248,22 +293,30 @@ class _Prediction:
 
     def _working(self) -> Iterator[MemoryRow]:
         """Denoising keeps its memory for good where its graphs are captured; all else takes turns."""
-        window = window_samples(self._geometry.columns_per_block)
+        share, window = self._share, window_samples(self._geometry.columns_per_block)
         speech = GLOBAL_SECONDS * SPEECH_RATE if self._config.features == "global" else window
-        turns = {"encoding the audio": self._audio_bytes(speech), "encoding the prompt": self._text_bytes()}
-        decoding = 0
-        if self._parts.vae is not None:
-            decoding, turns["encoding the image"] = self._vae_working_bytes(self._parts.vae)
-        denoising = self._denoise_bytes()
-        captured = "vae" not in self._offloaded
-        if not (self._graphs and captured):
+        turns, vae = {}, self._parts.vae
+        decoding, encoding = (0, 0) if vae is None else self._vae_working_bytes(vae)
+        denoising = self._denoise_bytes() if share.denoises else 0
+        if share.encodes:
+            turns["encoding the audio"] = self._audio_bytes(speech)
+            turns["encoding the prompt"] = self._text_bytes()
+            turns["encoding the image"] = encoding
+        captured = share.decodes and "vae" not in self._offloaded
+        if share.decodes and not (self._graphs and captured):
             turns["decoding"] = decoding
         if self._graphs:
-            kept = denoising + self._audio_bytes(window) + (decoding if captured else 0)
-            what = ", of windows of audio and of decoding" if captured else " and of windows of audio"
-            yield MemoryRow("graphs", kept, f"estimate; working memory of denoising{what}")
-        else:
+            kept = {
+                "denoising": denoising,
+                "windows of audio": self._audio_bytes(window) if share.encodes else 0,
+                "decoding": decoding if captured else 0,
+            }
+            what = _list([name for name, size in kept.items() if size])
+            yield MemoryRow("graphs", sum(kept.values()), f"estimate; working memory of {what}")
+        elif share.denoises:
             turns["denoising"] = denoising
+        if not turns:
+            return
         largest = max(turns, key=lambda name: turns[name])
         yield MemoryRow("working memory", turns[largest], f"estimate; most for {largest}")
 
@@ -333,6 +386,12 @@ class _Prediction:
         """Input and output of the first norm, and the states of all layers."""
         states = samples // SAMPLES_PER_STATE * self._model.audio_layers * self._model.audio_dim
         return (2 * self._parts.audio_channels * samples // _SPEECH_STRIDE + states) * _WIDE
+
+
+def _list(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _count(number: int, thing: str) -> str:

@@ -116,7 +116,7 @@ class TestAll:
             assert rows[key]["reason"].startswith("not available: ")
             assert (rows[key]["fps"], rows[key]["ttff_s"], rows[key]["memory_mb"]) == (None, None, None)
             assert f"{key}_fps" not in figures(document, "ablation")
-        assert "random weights are made on one device, not on 5" in rows["tpp_5"]["reason"]
+        assert "device 'cuda:0': this machine has 0 CUDA devices" in rows["tpp_5"]["reason"]
         assert (rows["clean"]["evaluations"], rows["sequential"]["evaluations"]) == (5, 4)
         assert rows["tpp_5"]["paper"]["optimised_fps"] == 45.2
         assert rows["diagonal"]["paper"] is None

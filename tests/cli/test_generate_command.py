@@ -17,14 +17,18 @@ from safetensors.torch import load_file, save_file
 from support import GOLDEN, speech, write_wav
 
 from liveavatar_engine.cli import main
+from liveavatar_engine.errors import WorkerError
+from liveavatar_engine.pipeline.tpp.job import Job
+from liveavatar_engine.pipeline.tpp.many_devices import ManyDevices
+from liveavatar_engine.pipeline.tpp.trace import COMPUTE, DECODE, read_chrome_trace
 
 NETWORK = "diffusion_pytorch_model.safetensors"
 
 
-def _arguments(checkpoint, image, audio, out, *more: str) -> list[str]:
+def _arguments(checkpoint, image, audio, out, *more: str, device: str | None = "cpu") -> list[str]:
     return [
         "generate", "--checkpoint", str(checkpoint), "--image", str(image), "--audio", str(audio), "--out", str(out),
-        "--size", "64*64", "--device", "cpu", *more,
+        "--size", "64*64", *(() if device is None else ("--device", device)), *more,
     ]  # fmt: skip
 
 
@@ -57,6 +61,43 @@ def test_writes_a_video_as_long_as_its_sound(checkpoint, image, audio, tmp_path:
 def test_other_schedules_write_as_many_frames(more: tuple[str, ...], checkpoint, image, audio, tmp_path: Path) -> None:
     assert main(_arguments(checkpoint, image, audio, tmp_path / "face.mp4", *more)) == 0
     assert len(_decoded(tmp_path / "face.mp4")[0]) == 38
+
+
+def test_several_devices_write_the_same_video(checkpoint, image, audio, tmp_path: Path, capsys) -> None:
+    trace = tmp_path / "trace.json"
+    assert main(_arguments(checkpoint, image, audio, tmp_path / "one.mp4")) == 0
+    arguments = _arguments(checkpoint, image, audio, tmp_path / "two.mp4", *SEVERAL, "--trace", str(trace), device=None)
+    assert main(arguments) == 0
+    assert np.array_equal(_decoded(tmp_path / "one.mp4")[0], _decoded(tmp_path / "two.mp4")[0])
+    spans, labels = read_chrome_trace(trace)
+    assert sorted(labels) == [0, 1]
+    assert {span.rank for span in spans if span.kind in (COMPUTE, DECODE)} == {0, 1}
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_worker_that_fails_is_one_line(checkpoint, image, audio, tmp_path: Path, capsys, monkeypatch) -> None:
+    def open_none(*_: object) -> None:
+        raise WorkerError("rank 1 (decode on cpu:1): was killed by signal 9", 1, "decode", None)
+
+    monkeypatch.setattr(ManyDevices, "open", open_none)
+    for name in ("_start", "close"):
+        monkeypatch.setattr(ManyDevices, name, lambda *_: None)
+    arguments = _arguments(checkpoint, image, audio, tmp_path / "x.mp4", *SEVERAL, device=None)
+    _fails(capsys, arguments, tmp_path, "rank 1 (decode on cpu:1): was killed by signal 9")
+
+
+def test_only_the_first_process_of_a_job_writes(checkpoint, image, audio, tmp_path, capsys, monkeypatch) -> None:
+    def serve(job: Job) -> None:
+        raise SystemExit(0)
+
+    names = {"TORCHELASTIC_RUN_ID": "a", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Job, "serve", serve)
+    with pytest.raises(SystemExit) as ended:
+        main(_arguments(checkpoint, tmp_path / "none.png", audio, tmp_path / "no" / "x.mp4", device=None))
+    assert ended.value.code == 0
+    assert capsys.readouterr() == ("", "")
 
 
 def test_same_seed_same_file_content(checkpoint, image, audio, tmp_path: Path) -> None:
@@ -120,11 +161,25 @@ def test_watermark_hook(checkpoint, image, audio, tmp_path: Path, monkeypatch) -
 # --- interruption
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_interruption_leaves_a_playable_file(number: signal.Signals, checkpoint, image, tmp_path: Path) -> None:
+SEVERAL = ("--devices", "cpu:0,cpu:1", "--stage-ms", "1,1")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word", "devices"),
+    [
+        (signal.SIGINT, 130, "interrupted", ("--device", "cpu")),
+        (signal.SIGTERM, 143, "terminated", ("--device", "cpu")),
+        (signal.SIGTERM, 143, "terminated", SEVERAL),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "SIGTERM with two devices"],
+)
+def test_interruption_leaves_a_playable_file(
+    number: signal.Signals, code: int, word: str, devices: tuple[str, ...], checkpoint, image, tmp_path: Path
+) -> None:
     audio = write_wav(tmp_path / "long.wav", speech(55))
     out = tmp_path / "cut.mp4"
-    command = [sys.executable, "-m", "liveavatar_engine", *_arguments(checkpoint, image, audio, out)]
+    arguments = _arguments(checkpoint, image, audio, out, *devices, device=None)
+    command = [sys.executable, "-m", "liveavatar_engine", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     part = tmp_path / ".cut.part.mp4"
     deadline = time.time() + 60
@@ -133,8 +188,8 @@ def test_interruption_leaves_a_playable_file(number: signal.Signals, checkpoint,
         time.sleep(0.02)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "kept what was made" in errors
+    assert process.returncode == code
+    assert f"{word}; kept what was made" in errors
     assert "Traceback" not in errors
     frames, sound = _decoded(out)
     assert 12 <= len(frames) < 55 * 25
@@ -188,6 +243,11 @@ def _fails(capsys, arguments: list[str], tmp_path: Path, message: str) -> None:
         ("--max-blocks", "0", "max_blocks must be"),
         ("--precision", "fp4", "invalid choice"),
         ("--device", "cuda:55", "cuda:55"),
+        ("--devices", "cpu:0,cpu:1", "--device and --devices: give one of them"),
+        ("--trace", "{tmp}/trace.json", "trace: a timeline is drawn of several devices"),
+        ("--trace", "{tmp}/no/trace.json", "does not exist"),
+        ("--stage-ms", "110", "--stage-ms '110': expected two times in ms"),
+        ("--sequence-parallel", "2", "sequence_parallel=2 needs as many devices"),
         ("--sink-distance", "near", "--sink-distance must be 'random' or an integer"),
         ("--sink-update-after", "soon", "--sink-update-after must be 'never' or an integer"),
         ("--watermark", "nothing", "MODULE:FUNCTION"),

@@ -126,3 +126,28 @@ class TestDevices:
         assert code == 2
         assert complaint in err
         assert err.count("\n") == 1
+
+
+def test_memory_of_every_rank(checkpoint: Path, capsys, monkeypatch) -> None:
+    code, out, _ = _run(capsys, monkeypatch, str(checkpoint), "--devices", "cpu:0,cpu:1,cpu:2", "--size", "64x64")
+    assert code == 0
+    table = out[out.index("memory of") :]
+    rows = {words[0]: words for line in table.splitlines() if (words := line.replace("│", " ").split())}
+    assert [rows[rank][1] for rank in "012-"] == ["cpu:0", "cpu:1", "cpu:2", "cpu:2"]
+    assert rows["0"][2:4] == ["steps", "0-1"]
+    assert rows["2"][2] == "decode"
+    assert rows["-"][2] == "encoders"
+    assert rows["0"][4:] == rows["1"][4:], "they hold the same"
+    assert rows["0"][4:] != rows["2"][3:]
+
+
+def test_memory_of_ranks_that_cannot_be(checkpoint: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    for arguments, complaint in (
+        ((str(tmp_path), "--devices", "2"), "it lacks"),
+        ((str(checkpoint), "--devices", "a,b"), "device 'a': expected cpu:N or cuda:N"),
+        ((str(checkpoint), "--devices", "7", "--sequence-parallel", "7"), "7"),
+    ):
+        code, out, err = _run(capsys, monkeypatch, *arguments)
+        assert (code, out) == (2, "")
+        assert complaint in err
+        assert "Traceback" not in err

@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 
 from liveavatar_engine.config import EngineConfig, ModelConfig, StreamGeometry
-from liveavatar_engine.denoise.stream import Conditions, SinkPolicy
 from liveavatar_engine.pipeline.runner import StreamOrder
 from liveavatar_engine.pipeline.session import Session
 from liveavatar_engine.pipeline.tpp.launch import Spawn
 from liveavatar_engine.pipeline.tpp.link import LOCALHOST, Address, connect
 from liveavatar_engine.pipeline.tpp.many_devices import ManyDevices
-from liveavatar_engine.pipeline.tpp.plan import StageCosts, make_plan
-from liveavatar_engine.pipeline.tpp.setup import Weights
+from liveavatar_engine.pipeline.tpp.plan import StageCosts
+from liveavatar_engine.pipeline.tpp.rehearsal import rehearsal, rehearsal_order, rehearsal_session
 from liveavatar_engine.pipeline.tpp.worker import Worker
 
-CPU = torch.device("cpu")
 MODEL = ModelConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=1, audio_dim=4, audio_inject_layers=(0,), text_len=4)
 QUICK = StageCosts.of(1.0, 1.0)
 
@@ -88,12 +86,9 @@ class Beats:
 
 
 def order(features: Any, *, update_after: int | None = 4, side: int = 64, max_blocks: int | None = None) -> StreamOrder:
-    geometry = StreamGeometry(MODEL, side, side)
-    channels, _, height, width = geometry.block_shape
-    reference = torch.zeros(channels, 1, height, width)
-    conditions = Conditions(torch.zeros(2, 4), reference, reference.repeat(1, 19, 1, 1))
-    priming = reference.repeat(1, 7, 1, 1)
-    return StreamOrder(geometry, conditions, SinkPolicy(4, update_after, 7), priming, features, None, max_blocks)
+    return rehearsal_order(
+        StreamGeometry(MODEL, side, side), features, update_after=update_after, max_blocks=max_blocks
+    )
 
 
 @contextmanager
@@ -101,16 +96,9 @@ def pipeline(
     devices: int, costs: StageCosts = QUICK, *, threads: bool = True, trace: bool = False, **settings: Any
 ) -> Iterator[ManyDevices]:
     """An open pipeline of sleeping stages."""
-    names = tuple(f"cpu:{index}" for index in range(devices))
-    config = EngineConfig(size="64x64", devices=names, **settings)
-    spread = {"sequence_parallel": config.sequence_parallel, "max_sessions": config.max_sessions}
-    plan = make_plan(names, config.steps, costs, **spread)
-    launcher = Threads() if threads else Spawn()
-    made = ManyDevices(plan, config, Weights(sleeping=costs, model=MODEL), MODEL, launcher, CPU, trace=trace)
-    try:
+    config = EngineConfig(size="64x64", devices=tuple(f"cpu:{index}" for index in range(devices)), **settings)
+    with rehearsal(config, costs, MODEL, launcher=Threads() if threads else Spawn(), trace=trace) as made:
         yield made
-    finally:
-        made.close()
 
 
 def free_slots(runner: ManyDevices) -> int:
@@ -120,4 +108,4 @@ def free_slots(runner: ManyDevices) -> int:
 
 
 def session(runner: ManyDevices, features: Any, **settings: Any) -> Session:
-    return Session(runner.open(order(features, **settings)), [], lambda prompt: torch.zeros(len(prompt), 4))
+    return rehearsal_session(runner, order(features, **settings))

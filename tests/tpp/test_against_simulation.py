@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 from pipelines import Beats, pipeline, session
 
+from liveavatar_engine.pipeline.tpp.bubbles import warm_ups
 from liveavatar_engine.pipeline.tpp.plan import StageCosts
 from liveavatar_engine.pipeline.tpp.simulate import Simulation, simulate
 from liveavatar_engine.pipeline.tpp.trace import COMPUTE, DECODE, Span
@@ -42,3 +43,11 @@ def test_times_are_as_predicted(devices: int, step: int, decode: int, update_aft
     assert times[-1] - times[half] == pytest.approx(expected[-1] - expected[half], rel=CLOSE), "the steady state"
     assert all(later > earlier for earlier, later in pairwise(times))
     assert (times[-1] - times[half]) / (BLOCKS - 1 - half) < predicted.plan.bottleneck(costs) / 0.95
+
+
+def test_a_prefill_is_work_and_the_second_warm_up_is_as_predicted() -> None:
+    spans, predicted = run(3, StageCosts.of(40, 22), 1, threads=True)
+    prefills = sorted((span.rank, span.kind, span.block) for span in spans if span.name == "prefill")
+    assert prefills == [(0, COMPUTE, 1), (1, COMPUTE, 1)], "stages that have nothing else to do"
+    measured, expected = warm_ups(spans, 1), predicted.warm_ups
+    assert measured.second == pytest.approx(expected.second, rel=CLOSE)

@@ -20,7 +20,7 @@ from liveavatar_engine.denoise.executor import Denoiser, StepExecutor
 from liveavatar_engine.denoise.schedule import flow_match_schedule
 from liveavatar_engine.errors import CheckpointError, DeviceMemoryError
 from liveavatar_engine.model.quantize import use_fp8
-from liveavatar_engine.pipeline import assembly, encoders
+from liveavatar_engine.pipeline import source as source_module
 from liveavatar_engine.runtime.graphs import PlainCalls
 from liveavatar_engine.vae.block_decoder import BlockDecoder
 from liveavatar_engine.vae.layers import History
@@ -29,7 +29,14 @@ from liveavatar_engine.weights import budget
 from liveavatar_engine.weights.budget import available_memory, part_sizes, require_memory
 from liveavatar_engine.weights.create import audio_config, checkpoint_tensors
 from liveavatar_engine.weights.layout import AUDIO_ENCODER, TEXT_ENCODER, VAE, Checkpoint
-from liveavatar_engine.weights.memory import MemoryEstimate, MemoryRow, PartSizes, predict_memory, stream_geometry
+from liveavatar_engine.weights.memory import (
+    MemoryEstimate,
+    MemoryRow,
+    PartSizes,
+    Share,
+    predict_memory,
+    stream_geometry,
+)
 from liveavatar_engine.weights.network import empty_network, load_network
 from liveavatar_engine.weights.presets import PRESETS, Preset
 
@@ -44,9 +51,10 @@ def _parts(preset: Preset) -> PartSizes:
     return PartSizes.of(*({name: spec.shape for name, spec in files[file].items()} for file in names))
 
 
-def _predict(preset: str, device: torch.device = GPU, **settings) -> MemoryEstimate:
+def _predict(preset: str, device: torch.device = GPU, share: Share | None = None, **settings) -> MemoryEstimate:
     config = EngineConfig(**settings)
-    return predict_memory(stream_geometry(PRESETS[preset].model, config), _parts(PRESETS[preset]), config, device)
+    geometry = stream_geometry(PRESETS[preset].model, config)
+    return predict_memory(geometry, _parts(PRESETS[preset]), config, device, share)
 
 
 # --- exact rows
@@ -312,8 +320,8 @@ def test_sessions_steps_and_modes() -> None:
 # --- refusal
 
 
-def _require(checkpoint: Path, **settings) -> None:
-    require_memory(Checkpoint(checkpoint), EngineConfig(devices="cpu", **settings), CPU)
+def _require(checkpoint: Path, share: Share | None = None, **settings) -> None:
+    require_memory(Checkpoint(checkpoint), EngineConfig(devices="cpu", **settings), CPU, share)
 
 
 def test_what_does_not_fit_is_refused_with_the_table(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,10 +358,46 @@ def test_offloaded_weights_must_fit_the_host(checkpoint: Path, monkeypatch: pyte
 
 def test_an_engine_refuses_before_it_loads(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "free_memory", lambda _: 10**6)
-    for module, loader in ((assembly, "load_network"), (encoders, "load_offloadable_vae")):
-        monkeypatch.setattr(module, loader, lambda *_: pytest.fail("something was loaded"))
+    for loader in ("load_network", "load_offloadable_vae", "Encoders"):
+        monkeypatch.setattr(source_module, loader, lambda *_: pytest.fail("something was loaded"))
     with pytest.raises(DeviceMemoryError, match="this needs"):
         Engine.from_pretrained(checkpoint, config=EngineConfig(size="64x64", devices="cpu"))
+
+
+SHARES = (
+    Share(encodes=True, sessions=2),
+    Share(denoises=True, steps=2, sessions=2),
+    Share(denoises=True, decodes=True, steps=2, sessions=2),
+)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_shares_make_up_the_whole(device: torch.device) -> None:
+    whole = _predict("14b", device, max_sessions=2)
+    parts = [_predict("14b", device, share=share, max_sessions=2) for share in SHARES]
+    for name in ("rings", "audio states", "VAE buffers"):
+        assert whole[name] == sum(part[name] for part in parts if name in _names(part)), name
+    assert [part["network"] for part in parts[1:]] == [whole["network"]] * 2, "every stage has all layers"
+    assert [_names(part) & {"network", "audio encoder", "VAE", "rings"} for part in parts] == [
+        {"audio encoder", "VAE"},
+        {"network", "rings"},
+        {"network", "VAE", "rings"},
+    ]
+    assert all(part.total < whole.total for part in parts)
+
+
+def test_mates_share_rings(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, shared = (_predict("14b", GPU, share=Share(denoises=True, steps=4, mates=mates)) for mates in (1, 4))
+    assert shared["rings"] == alone["rings"] // 4
+    assert "1/4 of the heads" in shared.table()
+    monkeypatch.setattr(budget, "free_memory", lambda _: 0)
+    with pytest.raises(DeviceMemoryError, match="cpu: the encoders need") as error:
+        _require(checkpoint, Share(encodes=True), size="64x64")
+    assert "network" not in str(error.value).split("what would help")[0]
+
+
+def _names(memory: MemoryEstimate) -> set[str]:
+    return {row.name for row in memory.rows}
 
 
 def test_a_system_that_tells_nothing_refuses_nothing(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:

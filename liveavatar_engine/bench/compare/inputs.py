@@ -17,8 +17,8 @@ from ...weights.create import distribution
 from ...weights.layout import NETWORK
 from ...weights.lora import LoraAdapter
 from ...weights.network import network_shapes
+from ...weights.random_parts import drawn, prompt_tokens
 from ...weights.tensors import TensorStore, check_names_and_shapes
-from ..parts import drawn, prompt_tokens
 from ..settings import Settings
 
 _CPU = torch.device("cpu")

@@ -239,7 +239,8 @@ class Crew:
         while len(self._members) < len(self.plan):
             link = door.accept()
             hello = link.receive()
-            self._offsets[hello["rank"]] = 0.0 if hello["host"] == host_name() else time.time() - hello["time"]
+            apart = time.time() - hello["time"]  # with the time that the message took
+            self._offsets[hello["rank"]] = 0.0 if hello["host"] == host_name() else apart
             plan = self.plan.ranks[hello["rank"]]
             info = WorkerInfo(plan.rank, hello["pid"], hello["host"], plan.stage, plan.device)
             member = _Member(plan, link, info, time.monotonic())

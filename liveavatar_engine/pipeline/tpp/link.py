@@ -33,6 +33,10 @@ class LinkClosed(Exception):
     """The other end has gone."""
 
 
+_CLOSED = (EOFError, OSError, ValueError, TypeError)
+"""What connections raise that are closed, TypeError where another thread does it meanwhile."""
+
+
 class Link:
     """A connection to another process. Any thread may send; one may receive."""
 
@@ -53,7 +57,7 @@ class Link:
         with self._sending:
             try:
                 self._connection.send_bytes(data)
-            except OSError:
+            except _CLOSED:
                 raise LinkClosed from None
 
     def receive(self) -> Record:
@@ -66,7 +70,7 @@ class Link:
         with self._receiving:
             try:
                 data = self._connection.recv_bytes()
-            except (EOFError, OSError):
+            except _CLOSED:
                 raise LinkClosed from None
         return Record.decode(data)
 

@@ -101,6 +101,10 @@ class Outlet:
         """Bring a block's frames, and the latents that they come from, to the front."""
         self._tasks.put(lambda: self._deliver(record, pieces, timer))
 
+    def measure(self, session: int, block: int, timer: StageTimer) -> None:
+        """Trace what a timer has measured of work of which nothing leaves."""
+        self._tasks.put(lambda: self._add_spans(session, block, timer))
+
     def _way(self, record: Record) -> int:
         """Which of the stages after this one a session's records go to."""
         return int(record["session"]) % len(self._downstream)
@@ -152,10 +156,12 @@ class Outlet:
         """Seconds by stage, with those of a timer, whose spans are traced."""
         for name, seconds in timer.seconds().items():
             timings[name] = timings.get(name, 0.0) + seconds
-        for name, start, end in timer.spans():
-            kind = _TRACED[name]
-            self.trace.add(kind, self._clock.at(start), self._clock.at(end), record["session"], record["block"], name)
+        self._add_spans(record["session"], record["block"], timer)
         return timings
+
+    def _add_spans(self, session: int, block: int, timer: StageTimer) -> None:
+        for name, start, end in timer.spans():
+            self.trace.add(_TRACED[name], self._clock.at(start), self._clock.at(end), session, block, name)
 
     def _give_credit(self) -> None:
         (self._upstream or self._front).send(CREDIT)

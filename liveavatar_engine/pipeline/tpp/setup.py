@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from ...config import EngineConfig, ModelConfig
-from ...vae.light import load_decoder
-from ...weights.layout import Checkpoint
-from ...weights.network import load_network
-from ..device import log_kernels, resolve_precision
-from ..offload import fetchers, load_offloadable_vae
+from ...weights.budget import expected_geometry, require_room
+from ...weights.memory import Share
+from ..device import log_kernels
+from ..source import Files, RandomWeights, Source
 from .plan import RankPlan, StageCosts
 from .sleeping import SleepingDecoding, SleepingDenoising
 from .stages import Decoding, Denoising, ModelDecoding, ModelDenoising
@@ -29,12 +28,14 @@ class Weights:
     """Where a worker's weights come from.
 
     Attributes:
-        checkpoint: folder of the checkpoint; None with `sleeping`.
+        checkpoint: folder of the checkpoint; None with `preset` or `sleeping`.
         lora: adapter to merge, or None.
         vae: file of a light decoder, or None.
         lora_scale: of the adapter, alpha / rank; None: what its file says.
         sleeping: costs of stages that only take their time, in place of a model.
         model: of which they pretend to be.
+        preset: sizes of random weights, in place of a checkpoint.
+        seed: of these.
     """
 
     checkpoint: str | None = None
@@ -43,6 +44,23 @@ class Weights:
     lora_scale: float | None = None
     sleeping: StageCosts | None = None
     model: ModelConfig | None = None
+    preset: str | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, source: Files | RandomWeights) -> Weights:
+        """As a worker, which may run in another folder, is told where an engine's parts come from."""
+        if isinstance(source, RandomWeights):
+            return cls(vae=_text(source.vae), preset=source.preset, seed=source.seed)
+        return cls(str(source.checkpoint.resolve()), _text(source.lora), _text(source.vae), source.lora_scale)
+
+    @property
+    def source(self) -> Source:
+        """What makes the parts, where stages do not sleep."""
+        if self.preset is not None:
+            return RandomWeights(self.preset, self.seed, _path(self.vae))
+        assert self.checkpoint is not None
+        return Files(Path(self.checkpoint), _path(self.lora), _path(self.vae), self.lora_scale)
 
 
 @dataclass(frozen=True)
@@ -105,24 +123,28 @@ def load_stages(setup: WorkerSetup, device: torch.device, progress: Progress) ->
     """
     if setup.weights.sleeping is not None:
         return _sleeping(setup, setup.weights.sleeping)
-    rank, config, weights = setup.rank, setup.config, setup.weights
-    assert weights.checkpoint is not None
+    rank, config, source = setup.rank, setup.config, setup.weights.source
     log_kernels(device)
-    found, precision = Checkpoint(Path(weights.checkpoint)), resolve_precision(config, device)
+    model = source.model()
+    require_room(expected_geometry(model, config), source.sizes(), config, device, share_of(rank, setup.sessions))
     denoising = decoding = None
     if rank.decoder is not None:
-        if weights.vae is not None:
-            decoder = load_decoder(Path(weights.vae), precision.decoder, device)
-        else:
-            fetcher = fetchers(config, device).get("vae")
-            decoder = load_offloadable_vae(found.vae, precision.decoder, device, fetcher)
-        decoding = ModelDecoding(decoder, config, device)
+        decoding = ModelDecoding(source.decoder(config, device), config, device)
     if rank.steps:
-        lora = None if weights.lora is None else Path(weights.lora)
-        dtype, skip, scale = precision.dtype, precision.fp8_skip, weights.lora_scale
-        network = load_network(found.root, lora, dtype, device, progress, skip, lora_scale=scale)
-        denoising = ModelDenoising(network, config, rank.steps, setup.sessions)
-    return Stages(ModelConfig.from_file(found.config), denoising, decoding)
+        denoising = ModelDenoising(source.network(config, device, progress), config, rank.steps, setup.sessions)
+    return Stages(model, denoising, decoding)
+
+
+def share_of(rank: RankPlan, sessions: int) -> Share:
+    """What a worker holds of an engine, for `sessions` at once."""
+    steps = len(rank.steps)
+    return Share(
+        denoises=steps > 0,
+        decodes=rank.decoder is not None,
+        steps=max(1, steps),
+        mates=rank.mates if steps else 1,
+        sessions=sessions,
+    )
 
 
 def _sleeping(setup: WorkerSetup, costs: StageCosts) -> Stages:
@@ -131,3 +153,11 @@ def _sleeping(setup: WorkerSetup, costs: StageCosts) -> Stages:
     denoising = SleepingDenoising(costs, rank.steps, setup.config.steps, rank.mates) if rank.steps else None
     decoding = None if rank.decoder is None else SleepingDecoding(costs)
     return Stages(model, denoising, decoding)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path.resolve())
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)

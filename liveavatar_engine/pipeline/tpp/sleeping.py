@@ -27,6 +27,7 @@ class SleepingDenoising:
         self._geometry: StreamGeometry | None = None
         self._unseen: set[int] = set()
         self._update_after: dict[int, int | None] = {}
+        self._next: dict[int, int] = {}
 
     def warm_up(self, geometry: StreamGeometry, actors: int, masked: bool) -> None:
         self._geometry = geometry
@@ -34,11 +35,13 @@ class SleepingDenoising:
     def open(self, session: int, record: Record) -> None:
         self._unseen.discard(session)
         self._update_after[session] = record["update_after"]
+        self._next[session] = 0
 
     def block(self, session: int, record: Record, latents: Tensor | None) -> Tensor:
         assert self._geometry is not None
         if record["block"] == self._update_after.get(session):
             self.prepare(session)
+        self._next[session] = record["block"] + 1
         time.sleep(self._costs.step * len(self._part) / self._mates)
         if self.ends and record["block"] == 0:
             self._unseen.add(session)
@@ -51,11 +54,13 @@ class SleepingDenoising:
     def show_first_latent(self, session: int, latent: Tensor) -> None:
         self._unseen.add(session)
 
-    def prepare(self, session: int) -> None:
+    def prepare(self, session: int) -> int | None:
         """A prefill, if there is something new to be seen."""
-        if session in self._unseen:
-            time.sleep(self._costs.prefill / self._mates)
-            self._unseen.discard(session)
+        if session not in self._unseen:
+            return None
+        time.sleep(self._costs.prefill / self._mates)
+        self._unseen.discard(session)
+        return self._next[session]
 
     def close(self, session: int) -> None:
         self._unseen.discard(session)

@@ -187,6 +187,7 @@ class StageLoop:
             with timer.stage("denoise"):
                 latents = self._denoising.block(session, record, latents)
             if self._led:
+                self._outlet.measure(session, record["block"], timer)
                 return
             if self._denoising.ends and record["block"] == 0:
                 told = {"session": session, "stream": record["stream"]}
@@ -219,8 +220,13 @@ class StageLoop:
             self._do(Arrival(Record("prepare", {"session": record["session"]})))
 
     def _prepare(self, arrival: Arrival) -> None:
-        if self._denoising is not None:
-            self._denoising.prepare(arrival.record["session"])
+        if self._denoising is None:
+            return
+        session, timer = arrival.record["session"], StageTimer(self._device)
+        with timer.stage("prefill"):
+            block = self._denoising.prepare(session)
+        if block is not None:
+            self._outlet.measure(session, block, timer)
 
     def _shared(self, group: Group, latents: Tensor | None) -> Tensor:
         """The latents that the rank which leads this one, or this one, has been sent."""

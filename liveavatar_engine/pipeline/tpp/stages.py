@@ -54,8 +54,8 @@ class Denoising(Protocol):
         """What the last step of block 0 has left."""
         ...
 
-    def prepare(self, session: int) -> None:
-        """Do now what a coming block would wait for."""
+    def prepare(self, session: int) -> int | None:
+        """Do now what a coming block would wait for; returns that block, or None when there was nothing to do."""
         ...
 
     def close(self, session: int) -> None:
@@ -133,8 +133,9 @@ class ModelDenoising:
     def show_first_latent(self, session: int, latent: Tensor) -> None:
         self._streams[session].show_first_latent(self._arrived(latent))
 
-    def prepare(self, session: int) -> None:
-        self._streams[session].prepare()
+    def prepare(self, session: int) -> int | None:
+        stream = self._streams[session]
+        return stream.block if stream.prepare() else None
 
     def close(self, session: int) -> None:
         self._noise.pop(session, None)

@@ -15,18 +15,17 @@ from transformers import Wav2Vec2Model
 
 from ..conditions.audio_encoder import AudioEncoder
 from ..conditions.text import TextEncoder
-from ..config import EngineConfig
+from ..config import EngineConfig, StreamGeometry
 from ..errors import DeviceMemoryError
 from ..model import Network
 from ..pipeline.device import Precision
 from ..vae.vae import Vae
-from ..weights.budget import free_memory
-from ..weights.create import audio_config, distribution
-from ..weights.memory import PartSizes, gigabytes, predict_memory
-from ..weights.network import NetworkBuilder
-from ..weights.presets import Preset
-from ..weights.tensors import assign
-from .settings import Settings
+from .budget import free_memory
+from .create import audio_config, distribution
+from .memory import PartSizes, gigabytes, predict_memory
+from .network import NetworkBuilder
+from .presets import Preset
+from .tensors import assign
 
 PROMPT_SHARE = 4
 """A random prompt has the network's text_len over this many tokens: 128 of 512, a long prompt."""
@@ -61,13 +60,13 @@ class RandomParts:
     def __init__(self, preset: Preset, precision: Precision, device: torch.device, seed: int) -> None:
         self._preset, self._precision, self._device, self._seed = preset, precision, device, seed
 
-    def require_memory(self, settings: Settings, config: EngineConfig) -> None:
-        """Compare what an engine at a point still needs with what is free.
+    def require_memory(self, geometry: StreamGeometry, config: EngineConfig) -> None:
+        """Compare what an engine for such streams still needs with what is free.
 
         Raises:
             DeviceMemoryError: it will not fit; the error holds the table.
         """
-        estimate = predict_memory(settings.geometry(), _part_sizes(self._preset), config, self._device)
+        estimate = predict_memory(geometry, random_sizes(self._preset), config, self._device)
         held = sum(row.bytes for row in estimate.rows if _ROWS.get(row.name) in self.__dict__)
         free = free_memory(self._device)
         if free is not None and estimate.total - held > free:
@@ -94,7 +93,7 @@ class RandomParts:
         return _random_audio_encoder(self._preset, self._device, self._seed)
 
 
-def _part_sizes(preset: Preset) -> PartSizes:
+def random_sizes(preset: Preset) -> PartSizes:
     """For a prediction of memory; there is no text encoder."""
     audio = {name: tuple(parameter.shape) for name, parameter in _empty_audio_encoder(preset).named_parameters()}
     return PartSizes.of({name: tuple(t.shape) for name, t in _empty_vae(preset).state_dict().items()}, {}, audio)
