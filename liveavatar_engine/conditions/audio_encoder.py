@@ -7,18 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Wav2Vec2ForCTC, Wav2Vec2Model
-from transformers.utils import logging
 
 from ..config.geometry import FRAMES_PER_SECOND, SPEECH_RATE
 from ..errors import CheckpointError
 from ..weights.tensors import listed
+
+if TYPE_CHECKING:  # takes longer than torch, and most worker processes encode nothing
+    from transformers import Wav2Vec2Model
 
 STATE_RATE = 50
 """wav2vec2 states per second."""
@@ -45,6 +46,8 @@ class AudioEncoder:
         Raises:
             CheckpointError: files are missing or damaged, or the sampling rate is another one.
         """
+        from transformers import Wav2Vec2ForCTC
+
         preprocessor = folder / "preprocessor_config.json"
         try:
             settings = json.loads(preprocessor.read_text(encoding="utf-8"))
@@ -101,6 +104,8 @@ class AudioEncoder:
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """Keep transformers from drawing a bar on the caller's terminal."""
+    from transformers.utils import logging
+
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -7,14 +7,17 @@ import logging
 import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from ..errors import CheckpointError
 from ..weights.offload import Fetcher, LayerVisits
 from ..weights.tensors import assign, check_names_and_shapes, read_pickle
+
+if TYPE_CHECKING:  # takes longer than torch, and most worker processes encode nothing
+    from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +106,8 @@ class TextEncoder:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, never from the network."""
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and its backends raise many types for a damaged folder
@@ -110,6 +115,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _load_encoder(path: Path, dtype: torch.dtype, device: torch.device) -> UMT5EncoderModel:
+    from transformers import UMT5EncoderModel
+
     state = read_pickle(path)
     config = _encoder_config(path, {name: tuple(tensor.shape) for name, tensor in state.items()})
     with torch.device("meta"):
@@ -133,6 +140,8 @@ def _encoder_config(path: Path, shapes: dict[str, tuple[int, ...]]) -> UMT5Confi
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: not the tensors of Wan's UMT5 encoder (no usable {error})") from None
     blocks = {int(match["index"]) for name in shapes if (match := _WAN_BLOCK.fullmatch(name))}
+    from transformers import UMT5Config
+
     return UMT5Config(
         vocab_size=vocabulary,
         d_model=dim,

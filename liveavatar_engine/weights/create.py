@@ -9,11 +9,10 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
 from ..config import ModelConfig
 from ..config.geometry import SPEECH_RATE
@@ -23,6 +22,9 @@ from .network import network_shapes
 from .presets import Preset, TextEncoderSizes
 from .tokenizer import write_tokenizer
 from .writing import SMALL_FILES, Progress, TensorFile, Tensors, TensorSpec, network_files, new_folder, write_index
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2Config
 
 _log = logging.getLogger(__name__)
 
@@ -174,6 +176,8 @@ def _text_tensors(sizes: TextEncoderSizes, dim: int) -> Tensors:
 
 def audio_config(preset: Preset) -> Wav2Vec2Config:
     """The published encoder's variant of wav2vec2, "large, layer norm first", at the preset's sizes."""
+    from transformers import Wav2Vec2Config
+
     sizes = preset.audio
     return Wav2Vec2Config(
         architectures=["Wav2Vec2ForCTC"],
@@ -194,6 +198,8 @@ def audio_config(preset: Preset) -> Wav2Vec2Config:
 
 
 def _audio_tensors(preset: Preset) -> Tensors:
+    from transformers import Wav2Vec2ForCTC
+
     with torch.device("meta"):
         state = Wav2Vec2ForCTC(audio_config(preset)).state_dict()
     return {name: TensorSpec(tuple(tensor.shape), torch.float32) for name, tensor in state.items()}
@@ -201,6 +207,8 @@ def _audio_tensors(preset: Preset) -> Tensors:
 
 def _write_audio_settings(folder: Path, preset: Preset) -> None:
     """Everything of a `Wav2Vec2ForCTC` and its processor but the weights."""
+    from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
+
     audio_config(preset).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(sampling_rate=SPEECH_RATE, do_normalize=True, return_attention_mask=True).save_pretrained(
         folder

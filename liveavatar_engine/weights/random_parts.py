@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import Wav2Vec2Model
 
 from ..conditions.audio_encoder import AudioEncoder
 from ..conditions.text import TextEncoder
@@ -26,6 +26,9 @@ from .memory import PartSizes, gigabytes, predict_memory
 from .network import NetworkBuilder
 from .presets import Preset
 from .tensors import assign
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2Model
 
 PROMPT_SHARE = 4
 """A random prompt has the network's text_len over this many tokens: 128 of 512, a long prompt."""
@@ -105,6 +108,8 @@ def _empty_vae(preset: Preset) -> Vae:
 
 
 def _empty_audio_encoder(preset: Preset) -> Wav2Vec2Model:
+    from transformers import Wav2Vec2Model
+
     with torch.device("meta"):
         return Wav2Vec2Model(audio_config(preset)).eval().requires_grad_(False)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -234,3 +236,9 @@ def test_a_closed_or_drained_engine_on_one_device_ends_its_sessions_alike(checkp
     engine.close()
     with pytest.raises(SessionError, match="the engine is closed"):
         next(closed)
+
+
+def test_a_worker_starts_without_the_encoders_library() -> None:
+    """It takes longer to import than all else together."""
+    code = "import sys, liveavatar_engine.worker; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
