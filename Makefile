@@ -47,7 +47,7 @@ $(CHECKPOINT).ready: $(STAMP)
 	@touch $@
 
 test: $(STAMP) ## run the tests that need no GPU (ARGS="-k ring" goes to pytest)
-	$(VENV)/bin/python -m pytest -q -m "not gpu" -n 2 --dist loadfile $(ARGS)
+	@bash tools/run_tests.sh $(VENV)/bin/python $(ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	$(VENV)/bin/ruff check .
