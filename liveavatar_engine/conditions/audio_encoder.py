@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers  # its classes take seconds to import: it does so when one is used
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Wav2Vec2ForCTC, Wav2Vec2Model
-from transformers.utils import logging
 
 from ..config.geometry import FRAMES_PER_SECOND, SPEECH_RATE
 from ..errors import CheckpointError
@@ -35,7 +34,7 @@ _TRAINING_ONLY = {"wav2vec2.masked_spec_embed"}
 class AudioEncoder:
     """wav2vec2 of a checkpoint; every state it hands out is float32."""
 
-    model: Wav2Vec2Model
+    model: transformers.Wav2Vec2Model
     normalize: bool
 
     @classmethod
@@ -55,7 +54,7 @@ class AudioEncoder:
             raise CheckpointError(f"{preprocessor}: sampling rate {rate}, expected {SPEECH_RATE}")
         try:
             with _no_progress_bar():
-                loaded: Any = Wav2Vec2ForCTC.from_pretrained(
+                loaded: Any = transformers.Wav2Vec2ForCTC.from_pretrained(
                     folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
                 )
         except Exception as error:  # transformers and its backends raise many types for a damaged folder
@@ -101,6 +100,7 @@ class AudioEncoder:
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """Keep transformers from drawing a bar on the caller's terminal."""
+    logging = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from ..errors import CheckpointError
 from ..weights.offload import Fetcher, LayerVisits
@@ -45,8 +45,8 @@ class TextEncoder:
 
     def __init__(
         self,
-        encoder: UMT5EncoderModel,
-        tokenizer: PreTrainedTokenizerBase,
+        encoder: transformers.UMT5EncoderModel,
+        tokenizer: transformers.PreTrainedTokenizerBase,
         device: torch.device,
         fetcher: Fetcher | None = None,
     ) -> None:
@@ -101,19 +101,19 @@ class TextEncoder:
         return self.encode(ids[0], mask[0])
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer in `folder`, never from the network."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and its backends raise many types for a damaged folder
         raise CheckpointError(f"{folder}: not a usable tokenizer: {error}") from error
 
 
-def _load_encoder(path: Path, dtype: torch.dtype, device: torch.device) -> UMT5EncoderModel:
+def _load_encoder(path: Path, dtype: torch.dtype, device: torch.device) -> transformers.UMT5EncoderModel:
     state = read_pickle(path)
     config = _encoder_config(path, {name: tuple(tensor.shape) for name, tensor in state.items()})
     with torch.device("meta"):
-        encoder = UMT5EncoderModel(config).eval().requires_grad_(False)
+        encoder = transformers.UMT5EncoderModel(config).eval().requires_grad_(False)
     renamed = {_transformers_name(path, name): tensor for name, tensor in state.items()}
     expected = {name: tuple(t.shape) for name, t in encoder.named_parameters()}
     check_names_and_shapes(path, expected, {name: tuple(t.shape) for name, t in renamed.items()})
@@ -123,7 +123,7 @@ def _load_encoder(path: Path, dtype: torch.dtype, device: torch.device) -> UMT5E
     return encoder
 
 
-def _encoder_config(path: Path, shapes: dict[str, tuple[int, ...]]) -> UMT5Config:
+def _encoder_config(path: Path, shapes: dict[str, tuple[int, ...]]) -> transformers.UMT5Config:
     """UMT5's sizes, which follow from the tensors; constants are UMT5-XXL's."""
     try:
         vocabulary, dim = shapes["token_embedding.weight"]
@@ -133,7 +133,7 @@ def _encoder_config(path: Path, shapes: dict[str, tuple[int, ...]]) -> UMT5Confi
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: not the tensors of Wan's UMT5 encoder (no usable {error})") from None
     blocks = {int(match["index"]) for name in shapes if (match := _WAN_BLOCK.fullmatch(name))}
-    return UMT5Config(
+    return transformers.UMT5Config(
         vocab_size=vocabulary,
         d_model=dim,
         d_kv=inner // heads,
