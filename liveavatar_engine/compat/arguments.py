@@ -42,7 +42,7 @@ class Arguments:
         sample_solver: "euler", the only one that the reference has.
         sampling_steps: denoise steps per block.
         guide_scale, n_prompt: not read: there is no guidance.
-        seed: of noise and sink distances; negative: any.
+        seed: of noise and sink distances; negative: any. Scripts draw up to 2 ** 63: above 2 ** 62, 2 ** 62 + 1 is taken off.
         offload_model: keep the text encoder's weights in host memory.
         init_first_frame, use_dataset, dataset_sample_idx, drop_motion_noisy: not read.
         num_gpus_dit, enable_vae_parallel: GPUs that denoise, and whether one more decodes.
@@ -94,6 +94,10 @@ class Arguments:
         for name in ("init_first_frame", "use_dataset", "drop_motion_noisy"):
             if getattr(self, name):
                 raise ConfigError(f"{name}=True: the reference takes it and does nothing with it; leave it out")
+        if self.dataset_sample_idx:
+            raise ConfigError(
+                "dataset_sample_idx: only for use_dataset, which the reference does not read; leave it out"
+            )
         if self.sample_solver != _SOLVER:
             raise ConfigError(f"sample_solver {self.sample_solver!r}: the reference only runs {_SOLVER!r}; pass that")
         _check_counts(self, ("sampling_steps", "max_area", "max_repeat", "num_gpus_dit"))

@@ -53,6 +53,7 @@ def pipeline(checkpoint: Path) -> WanS2V:
         ({"init_first_frame": True}, ConfigError, "init_first_frame=True: the reference takes it and does nothing"),
         ({"use_dataset": True}, ConfigError, "use_dataset=True"),
         ({"drop_motion_noisy": True}, ConfigError, "drop_motion_noisy=True"),
+        ({"dataset_sample_idx": 3}, ConfigError, "dataset_sample_idx: only for use_dataset"),
         ({"num_gpus_dit": 0}, ConfigError, "num_gpus_dit must be"),
         ({"seed": "x"}, ConfigError, "seed must be an integer"),
         (
@@ -183,9 +184,17 @@ def test_what_counts_for_nothing_is_said(checkpoint: Path, files: Files, caplog:
     pipeline = TppWanS2V(reference_config(), checkpoint)
     with caplog.at_level(logging.INFO):
         pipeline.generate(
-            **files.arguments(max_repeat=1, sampling_steps=1, guide_scale=4.5, shift=5, n_prompt="ugly", num_gpus_dit=4)
+            **files.arguments(
+                max_repeat=1,
+                sampling_steps=1,
+                num_gpus_dit=4,
+                input_video_for_sam2=files.image,
+                guide_scale=4.5,
+                shift=5,
+                n_prompt="ugly",
+            )
         )
-    for words in ("guide_scale 4.5", "shift 5", "n_prompt", "generate_size 64*64"):
+    for words in ("guide_scale 4.5", "shift 5", "n_prompt", "generate_size 64*64", "input_video_for_sam2: not used"):
         assert words in caplog.text
 
 

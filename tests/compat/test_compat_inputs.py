@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from support import GOLDEN, GoldenCase, speech, write_wav
 from torch import Tensor
 
 from liveavatar_engine.compat import BlockwiseWanS2V, TppWanS2V, WanS2V
+from liveavatar_engine.compat.arguments import TppArguments
 from liveavatar_engine.compat.clips import ClipMaker
 from liveavatar_engine.compat.inputs import clip_count, read_speech
 from liveavatar_engine.denoise.stream import LatentStream
@@ -193,6 +195,13 @@ class TestActors:
         assert len(two[0]) == len(two[1]) == 16_000
 
 
+def test_every_seed_that_scripts_draw_can_be_used(pipelines, files: Files) -> None:
+    read = pipelines[TppWanS2V]._read
+    seeds = [read(TppArguments(**files.arguments(seed=seed)), None).seed for seed in (7, 2**62, sys.maxsize, -1)]
+    assert seeds[:3] == [7, 2**62, sys.maxsize - 2**62 - 1]
+    assert 0 <= seeds[3] < 2**62
+
+
 def test_clips_of_the_golden_waveform() -> None:
     case = GoldenCase.load(GOLDEN / "cases" / "audio.safetensors")
     samples = case["waveform"].shape[-1]
@@ -204,6 +213,10 @@ def test_encoders_on_their_own(pipelines, files: Files, face: np.ndarray) -> Non
     columns, clips = pipeline.encode_audio(files.audio, 48)
     assert (columns.shape, clips) == ((1, 25, 16, 96), 2)
     assert not columns[..., 60:].any(), "zero past the end"
+    live = pipelines[BlockwiseWanS2V]
+    assert live.encode_audio_from_array(files.samples, 48)[0].shape == columns.shape
+    with pytest.raises(InputError, match="sample_rate must be 16000, not 44100"):
+        live.audio_encoder.extract_audio_feat_from_array(files.samples, sample_rate=44_100)
     context, negative = pipeline.encode_prompt("a person", n_prompt="")
     assert context[0].shape[1] == negative[0].shape[1] == 24
     assert pipeline.encode_prompt("a person")[1] is None
