@@ -42,9 +42,10 @@ class Arguments:
         sample_solver: "euler", the only one that the reference has.
         sampling_steps: denoise steps per block.
         guide_scale, n_prompt: not read: there is no guidance.
-        seed: of noise and sink distances; negative: any. Scripts draw up to 2 ** 63: above 2 ** 62, 2 ** 62 + 1 is taken off.
+        seed: of noise and sink distances; negative: any. Above 2 ** 62, of which scripts draw
+            some, 2 ** 62 + 1 is taken off.
         offload_model: keep the text encoder's weights in host memory.
-        init_first_frame, use_dataset, dataset_sample_idx, drop_motion_noisy: not read.
+        init_first_frame, use_dataset, dataset_sample_idx, drop_motion_noisy: not read in the reference; refused.
         num_gpus_dit, enable_vae_parallel: GPUs that denoise, and whether one more decodes.
         max_repeat: clips at most.
         mask: where each actor is, [actors, frames or 1, rows, columns, 1] on the token grid: weights of what its audio

@@ -37,8 +37,11 @@ def callback_of(ranks: Ranks, owner: int, callback: Callback | None) -> Iterator
         assert callback is not None
         thread = threading.Thread(target=_serve, args=(ranks.calls, callback), name="liveavatar-callback", daemon=True)
         thread.start()
-        yield None
-        thread.join()
+        try:
+            yield None
+        finally:
+            if distributed.is_initialized():  # else nobody tells the thread to leave
+                thread.join()
 
 
 class _Remote:
@@ -63,7 +66,7 @@ class _Remote:
     def _send(self, kind: int) -> bool:
         """Send if it is open; whether it was."""
         with self._sending:
-            was_open = self._open
+            was_open = self._open and distributed.is_initialized()
             if was_open:
                 self._open = kind != _LEAVE
                 _send(self._group, self._owner, kind)

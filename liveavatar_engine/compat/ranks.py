@@ -90,16 +90,19 @@ class Ranks:
         Raises:
             LiveAvatarError: as `first`.
         """
+        stay = True
         try:
-            while (shape := self._shape(chunk := self.first(lambda: next(made, None) if made else None))) is not None:
-                given = self._hand_over(chunk, shape, receiver)
+            while stay:
+                chunk = self.first(lambda: next(made, None) if made else None)
+                shape = self._shape(chunk)
+                if shape is None:
+                    return
+                given, stay = self._hand_over(chunk, shape, receiver), False
                 try:
                     yield given
-                except GeneratorExit:
-                    self._all_stay(False)
-                    raise
-                if not self._all_stay(True):
-                    return
+                    stay = True
+                finally:
+                    stay = self._all_stay(stay)
         finally:
             if made is not None:
                 made.close()
