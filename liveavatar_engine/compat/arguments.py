@@ -42,9 +42,10 @@ class Arguments:
         sample_solver: "euler", the only one that the reference has.
         sampling_steps: denoise steps per block.
         guide_scale, n_prompt: not read: there is no guidance.
-        seed: of noise and sink distances; negative: any.
+        seed: of noise and sink distances; negative: any. Above 2 ** 62, of which scripts draw
+            some, 2 ** 62 + 1 is taken off.
         offload_model: keep the text encoder's weights in host memory.
-        init_first_frame, use_dataset, dataset_sample_idx, drop_motion_noisy: not read.
+        init_first_frame, use_dataset, dataset_sample_idx, drop_motion_noisy: not read in the reference; refused.
         num_gpus_dit, enable_vae_parallel: GPUs that denoise, and whether one more decodes.
         max_repeat: clips at most.
         mask: where each actor is, [actors, frames or 1, rows, columns, 1] on the token grid: weights of what its audio
@@ -94,6 +95,10 @@ class Arguments:
         for name in ("init_first_frame", "use_dataset", "drop_motion_noisy"):
             if getattr(self, name):
                 raise ConfigError(f"{name}=True: the reference takes it and does nothing with it; leave it out")
+        if self.dataset_sample_idx:
+            raise ConfigError(
+                "dataset_sample_idx: only for use_dataset, which the reference does not read; leave it out"
+            )
         if self.sample_solver != _SOLVER:
             raise ConfigError(f"sample_solver {self.sample_solver!r}: the reference only runs {_SOLVER!r}; pass that")
         _check_counts(self, ("sampling_steps", "max_area", "max_repeat", "num_gpus_dit"))

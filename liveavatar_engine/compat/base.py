@@ -148,8 +148,8 @@ class Pipeline:
             lora_rank, lora_alpha: of the adapter.
             lora_target_modules: ends of the names of layers that it may change, joined by commas.
             init_lora_weights: of an adapter without a file, which changes nothing.
-            pretrained_lora_path: a .safetensors file, a folder with liveavatar.safetensors, or a name on the Hugging
-                Face hub; None: nothing is merged.
+            pretrained_lora_path: a .safetensors or PyTorch file, a folder with liveavatar.safetensors, or a name on the
+                Hugging Face hub; None: nothing is merged.
             state_dict_converter, load_only: refused.
             load_lora_weight_only: nothing to do: files with other tensors than an adapter's are refused.
 
@@ -182,6 +182,10 @@ class Pipeline:
     def encode_audio(self, audio_path: str | Path, infer_frames: int) -> tuple[Tensor, int]:
         """Audio states of a file, [1, layers, dim, columns], zero past its end, and its clips of `infer_frames`."""
         features = self.audio_encoder.extract_audio_feat(audio_path, return_all_layers=True)
+        return self._columns(features, infer_frames)
+
+    def _columns(self, features: Tensor, infer_frames: int) -> tuple[Tensor, int]:
+        """States at 30 Hz as those of clips of video frames, and how many clips."""
         columns, clips = self.audio_encoder.get_audio_embed_bucket_fps(features, self.fps, infer_frames)
         return columns.permute(1, 2, 0)[None].to(self.device), clips
 

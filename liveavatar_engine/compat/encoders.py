@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..conditions.audio_encoder import FEATURE_RATE, features_30hz, pick_columns
-from ..config.geometry import FRAMES_PER_SECOND
-from ..errors import ConfigError
-from .inputs import read_speech
+from ..conditions.speech import as_samples
+from ..config.geometry import FRAMES_PER_SECOND, SPEECH_RATE
+from ..errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from ..pipeline.engine import Engine
@@ -79,8 +80,25 @@ class AudioEncoderView:
         self, audio_path: str | Path, return_all_layers: bool = False, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """States of a sound file at 30 Hz: [layers, features, dim], or [1, features, dim] of the last layer."""
-        (speech,) = read_speech(str(audio_path))
-        features = features_30hz(self._engine().encoders.audio.states(speech))
+        from ..media.audio import load_speech
+
+        return self.extract_audio_feat_from_array(load_speech(audio_path), SPEECH_RATE, return_all_layers, dtype)
+
+    def extract_audio_feat_from_array(
+        self,
+        audio_array: np.ndarray,
+        sample_rate: int = SPEECH_RATE,
+        return_all_layers: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """As `extract_audio_feat`, of samples: float32 or int16 mono at 16 kHz.
+
+        Raises:
+            InputError: samples of another kind or rate.
+        """
+        if sample_rate != SPEECH_RATE:
+            raise InputError(f"sample_rate must be {SPEECH_RATE}, not {sample_rate}: resample the audio first")
+        features = features_30hz(self._engine().encoders.audio.states(as_samples(audio_array)))
         return (features if return_all_layers else features[-1:]).to(dtype)
 
     def get_audio_embed_bucket_fps(

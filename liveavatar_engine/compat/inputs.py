@@ -109,11 +109,16 @@ def clip_count(samples: int, clip_frames: int) -> int:
 
 
 def _seed(seed: int) -> int:
-    return check_seed(random.randrange(MAX_SEED) if isinstance(seed, int) and seed < 0 else seed)
+    """Any seed for a negative one; those above the largest, which scripts draw as well, begin anew at 0."""
+    if isinstance(seed, int) and seed < 0:
+        return random.randrange(MAX_SEED)
+    return check_seed(seed - MAX_SEED - 1 if isinstance(seed, int) and seed > MAX_SEED else seed)
 
 
 def _mask(arguments: Arguments, geometry: StreamGeometry, actors: int) -> Tensor | None:
     """The mask that is given, or that of SAM2 where there are several actors."""
+    if arguments.input_video_for_sam2 is not None and (arguments.mask is not None or actors == 1):
+        _log.warning("input_video_for_sam2: not used: SAM2 makes masks of several actors, where none is given")
     if arguments.mask is not None:
         return check_mask(arguments.mask, geometry, actors)
     if actors == 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing, nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..pipeline.runner import StreamOrder
 from ..pipeline.session import Session
 from .arguments import Arguments, BlockwiseArguments, TppArguments, taking
 from .base import Pipeline
+from .callback import Callback, callback_of
 from .clips import ClipVideo
 from .columns import NoiseFirst, called_samples
 from .devices import Layout, one_device, pipeline_layout, processes
@@ -76,10 +78,17 @@ class _Streaming(Pipeline):
 
     _reference_frames = REFERENCE_FRAMES
     _source_frames = MOTION_SOURCE_FRAMES
+    _ranks: Ranks | None = None
+
+    def _job(self) -> Ranks | None:
+        """The job of several processes that this one is part of."""
+        if self._ranks is None and processes() > 1:
+            self._ranks = Ranks()
+        return self._ranks
 
     def _stream(
         self, engine: Engine, inputs: Inputs, features: Features, pose: PoseStream | None, clips: int
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor]:
         """Frames block by block, float32 [3, frames, height, width] in [-1, 1]."""
         pixels = inputs.pixels.to(engine.device)
         still = still_conditions(engine.encoders.vae, pixels, self._reference_frames, self._source_frames)
@@ -104,7 +113,6 @@ class TppWanS2V(_Streaming):
 
     _reference_frames = 1
     _source_frames = MOTION_FRAMES
-    _ranks: Ranks | None = None
 
     @taking(TppArguments)
     def generate(self, arguments: TppArguments) -> tuple[Tensor | None, dict[str, Any]]:
@@ -113,9 +121,7 @@ class TppWanS2V(_Streaming):
         Raises:
             InputError, ConfigError, ...: as `WanS2V.generate`; in a job, on all ranks.
         """
-        if self._ranks is None and processes() > 1:
-            self._ranks = Ranks()
-        ranks = self._ranks
+        ranks = self._job()
         layout = pipeline_layout(self.device_id, ranks, arguments.num_gpus_dit, arguments.enable_vae_parallel)
         if ranks is None:
             return self._video(layout, arguments), {}
@@ -136,46 +142,82 @@ class BlockwiseWanS2V(_Streaming):
 
     Attributes:
         get_audio_callback: returns the next samples, float32 or int16 mono at 16 kHz, any number, and None at the end.
-            It is called as often as blocks need it. None: `audio_path` is played.
+            It is called as often as blocks need it, in a job on the rank that gets the chunks, as in the reference,
+            and on a thread of its own. None: `audio_path` is played.
         noise_clips: clips of random audio states before the speech; the reference has 3.
     """
 
-    get_audio_callback: Callable[[], np.ndarray | None] | None = None
+    get_audio_callback: Callback | None = None
     noise_clips: int = 0
 
+    def encode_audio_from_array(self, audio_array: np.ndarray, infer_frames: int) -> tuple[Tensor, int]:
+        """As `encode_audio`, of samples: float32 or int16 mono at 16 kHz."""
+        features = self.audio_encoder.extract_audio_feat_from_array(audio_array, return_all_layers=True)
+        return self._columns(features, infer_frames)
+
     @taking(BlockwiseArguments)
-    def generate(self, arguments: BlockwiseArguments) -> Iterator[Tensor]:
+    def generate(self, arguments: BlockwiseArguments) -> Iterator[Tensor | None]:
         """A portrait and speech as video, block by block.
 
-        Ends with the speech or after `max_repeat` clips; `num_repeat` does not count, as in the reference.
+        Ends with the speech or after `max_repeat` clips; `num_repeat` does not count, as in the reference. In a job of
+        several processes all must iterate; where one stops, the stream ends for all.
 
         Yields:
-            float32 [1, 3, frames, height, width] in [-1, 1], on the CPU: 9 frames at first, then 12.
+            float32 [1, 3, frames, height, width] in [-1, 1], on the CPU: 9 frames at first, then 12. In a job, on the
+            rank where the reference decodes; as many None on the others.
+
+        Raises:
+            InputError, ConfigError: an argument cannot be used; nothing has been loaded by then.
+            CheckpointError, DeviceMemoryError, ...: from the iterator, of what is loaded and made. In a job, all of
+                them on all ranks.
         """
+        ranks = self._job()
+        layout = pipeline_layout(self.device_id, ranks, arguments.num_gpus_dit, arguments.enable_vae_parallel)
+        if ranks is None:
+            callback = self.get_audio_callback
+            return self._chunks(layout, arguments, self._live_inputs(arguments, callback is not None), callback)
+        listens = self._listens(ranks, layout.receiver)
+        inputs = ranks.first(lambda: self._live_inputs(arguments, listens))
+        return self._shared_chunks(ranks, layout, arguments, inputs, listens)
+
+    def _live_inputs(self, arguments: BlockwiseArguments, listens: bool) -> Inputs:
         if not isinstance(self.noise_clips, int) or self.noise_clips < 0:
             raise ConfigError(f"noise_clips must be an integer, at least 0, not {self.noise_clips!r}")
-        if processes() > 1:
-            raise ConfigError(
-                f"a job of {processes()} processes: the live pipeline runs in one, which starts a worker for each of "
-                "the GPUs that num_gpus_dit and enable_vae_parallel ask for; start it without torchrun"
-            )
-        layout = pipeline_layout(self.device_id, None, arguments.num_gpus_dit, arguments.enable_vae_parallel)
-        inputs = self._read(arguments, None, listens=self.get_audio_callback is not None)
-        return self._chunks(layout, arguments, inputs)
+        return self._read(arguments, None, listens=listens)
 
-    def _chunks(self, layout: Layout, arguments: BlockwiseArguments, inputs: Inputs) -> Iterator[Tensor]:
+    def _listens(self, ranks: Ranks, receiver: int) -> bool:
+        """Whether a job listens, to the rank that gets the chunks."""
+        listening = ranks.which(self.get_audio_callback is not None)
+        if listening and receiver not in listening:
+            raise ConfigError(
+                f"get_audio_callback is set on rank {listening[0]}, but rank {receiver} gets the chunks and is asked "
+                "for audio: set it there"
+            )
+        return bool(listening)
+
+    def _chunks(
+        self, layout: Layout, arguments: BlockwiseArguments, inputs: Inputs, callback: Callback | None
+    ) -> Generator[Tensor]:
         engine = self._engine(layout, arguments, inputs)
         pose = self._pose(engine, arguments, inputs, _FirstOfClip)
         clips = min(inputs.clips + self.noise_clips, arguments.max_repeat)
-        for frames in self._stream(engine, inputs, self._features(engine, inputs), pose, clips):
-            yield frames[None]
+        with closing(self._stream(engine, inputs, self._features(engine, inputs, callback), pose, clips)) as stream:
+            for frames in stream:
+                yield frames[None]
 
-    def _features(self, engine: Engine, inputs: Inputs) -> Features:
-        backend, callback = self._backend, self.get_audio_callback
+    def _shared_chunks(
+        self, ranks: Ranks, layout: Layout, arguments: BlockwiseArguments, inputs: Inputs | None, listens: bool
+    ) -> Generator[Tensor | None]:
+        """The chunks of a job; `inputs` are the first rank's, which makes them."""
+        with callback_of(ranks, layout.receiver, self.get_audio_callback) if listens else nullcontext() as callback:
+            made = None if inputs is None else self._chunks(layout, arguments, inputs, callback)
+            yield from ranks.chunks(made, layout.receiver)
+
+    def _features(self, engine: Engine, inputs: Inputs, callback: Callback | None) -> Features:
         speech = (
             self._spoken(engine, inputs)
             if callback is None
-            else backend.heard(engine, inputs, called_samples(callback))
+            else self._backend.heard(engine, inputs, called_samples(callback))
         )
         if not self.noise_clips:
             return speech

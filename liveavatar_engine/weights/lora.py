@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .tensors import DTYPES, TensorStore, listed, row_pieces
+from .tensors import DTYPES, TensorStore, listed, read_pickle, row_pieces
 
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _DEFAULT_SCALE = 0.5
@@ -34,6 +34,8 @@ class LoraAdapter:
     def from_file(cls, path: Path, weights: Mapping[str, tuple[int, ...]], scale: float | None = None) -> LoraAdapter:
         """Read a PEFT adapter, with or without the `base_model.model.` prefix and the `.default` part.
 
+        A file that does not end with `.safetensors` is read as PyTorch's, of plain tensors.
+
         `scale` is alpha / rank. Without it, alpha is taken from the file's metadata ("alpha"), else the scale is 0.5 as
         for the published adapter.
 
@@ -41,19 +43,19 @@ class LoraAdapter:
             CheckpointError: damaged file, or an adapter that does not fit `weights` (name -> shape); every name that
                 does not fit is listed.
         """
-        store = TensorStore([path])
+        tensors, metadata = _read(path)
         sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
         strange = []
-        for name, tensor in store:
+        for name, tensor in tensors:
             match = _NAME.fullmatch(name)
-            if match is None or store.tensors[name].dtype not in DTYPES:
+            if match is None or tensor.dtype not in DTYPES.values():
                 strange.append(name)
             else:
                 sides[match["side"]][f"{match['module']}.weight"] = tensor
         if strange or not sides["A"]:
             found = listed(sorted(strange)) if strange else "no tensors at all"
             raise CheckpointError(f"{path}: not a LoRA adapter, found {found} (expected NAME.lora_A.weight, ...lora_B)")
-        stated = _scale(path, store.metadata, sides["A"])
+        stated = _scale(path, metadata, sides["A"])
         adapter = cls(sides["A"], sides["B"], stated if scale is None else scale)
         adapter._check(path, weights)
         return adapter
@@ -90,6 +92,14 @@ def pieces_of(name: str, weight: Tensor, adapter: LoraAdapter | None) -> Iterato
     if adapter is not None and name in adapter.down:
         return adapter.merged(name, weight)
     return ((rows.start, weight[rows]) for rows in row_pieces(weight))
+
+
+def _read(path: Path) -> tuple[Iterable[tuple[str, Tensor]], Mapping[str, str]]:
+    """Tensors by name, and what is noted of them; PyTorch's files have no notes."""
+    if path.suffix != ".safetensors":
+        return read_pickle(path).items(), {}
+    store = TensorStore([path])
+    return store, store.metadata
 
 
 def _scale(path: Path, metadata: Mapping[str, str], down: Mapping[str, Tensor]) -> float:

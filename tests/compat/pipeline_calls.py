@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from support import speech, write_wav
 from torch import Tensor
 
 from liveavatar_engine.compat.base import Pipeline
+from liveavatar_engine.media.audio import load_speech
 
 
 def reference_config(**changes: Any) -> SimpleNamespace:
@@ -61,6 +63,18 @@ class Files:
             "offload_model": True,
         }
         return {**settings, **changes}
+
+
+class LiveSource:
+    """A callback that gives a file's samples in chunks of these sizes, in turn, and None behind the last."""
+
+    def __init__(self, audio: str | Path, *sizes: int) -> None:
+        self._samples, self._sizes = load_speech(audio), itertools.cycle(sizes)
+
+    def __call__(self) -> np.ndarray | None:
+        size = next(self._sizes)
+        chunk, self._samples = self._samples[:size], self._samples[size:]
+        return chunk if len(chunk) else None
 
 
 def observed(pipeline: Pipeline) -> dict[int, Tensor]:

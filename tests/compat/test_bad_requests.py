@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from compat.pipeline_calls import Files, reference_config
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support import OWN_GOLDEN
-from torch import distributed, nn
+from torch import nn
 
 from liveavatar_engine.compat import BlockwiseWanS2V, TppWanS2V, WanS2V, replace_linear_with_scaled_fp8
 from liveavatar_engine.compat.lora_file import adapter_file
+from liveavatar_engine.compat.noise_model import Adapter
 from liveavatar_engine.errors import CheckpointError, ConfigError, InputError
 
 LORA = OWN_GOLDEN / "lora.safetensors"
@@ -52,6 +53,7 @@ def pipeline(checkpoint: Path) -> WanS2V:
         ({"init_first_frame": True}, ConfigError, "init_first_frame=True: the reference takes it and does nothing"),
         ({"use_dataset": True}, ConfigError, "use_dataset=True"),
         ({"drop_motion_noisy": True}, ConfigError, "drop_motion_noisy=True"),
+        ({"dataset_sample_idx": 3}, ConfigError, "dataset_sample_idx: only for use_dataset"),
         ({"num_gpus_dit": 0}, ConfigError, "num_gpus_dit must be"),
         ({"seed": "x"}, ConfigError, "seed must be an integer"),
         (
@@ -124,13 +126,6 @@ def test_a_checkpoint_that_is_not_whole(tmp_path: Path) -> None:
         WanS2V(reference_config(), tmp_path)
 
 
-def test_a_live_pipeline_in_a_job(checkpoint: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "get_world_size", lambda: 5)
-    with pytest.raises(ConfigError, match="a job of 5 processes: the live pipeline runs in one"):
-        BlockwiseWanS2V(reference_config(), checkpoint).generate(**files.arguments())
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -149,7 +144,8 @@ def test_adapters(arguments, error, message, pipeline: WanS2V) -> None:
     assert pipeline.noise_model.adapter is None
 
 
-def test_order_of_what_is_asked_of_the_network(pipeline: WanS2V, files: Files) -> None:
+def test_order_of_what_is_asked_of_the_network(checkpoint: Path, files: Files) -> None:
+    pipeline = TppWanS2V(reference_config(), checkpoint)
     pipeline.noise_model = pipeline.add_lora_to_model(pipeline.noise_model, 4, 2, pretrained_lora_path=LORA)
     with pytest.raises(ConfigError, match="is merged already"):
         pipeline.add_lora_to_model(pipeline.noise_model, 4, 2, pretrained_lora_path=LORA)
@@ -184,12 +180,21 @@ def test_the_network_shows_its_sizes(pipeline: WanS2V) -> None:
     assert not hasattr(model, "parameters")
 
 
-def test_what_counts_for_nothing_is_said(pipeline: WanS2V, files: Files, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_counts_for_nothing_is_said(checkpoint: Path, files: Files, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = TppWanS2V(reference_config(), checkpoint)
     with caplog.at_level(logging.INFO):
         pipeline.generate(
-            **files.arguments(max_repeat=1, sampling_steps=1, guide_scale=4.5, shift=5, n_prompt="ugly", num_gpus_dit=4)
+            **files.arguments(
+                max_repeat=1,
+                sampling_steps=1,
+                num_gpus_dit=4,
+                input_video_for_sam2=files.image,
+                guide_scale=4.5,
+                shift=5,
+                n_prompt="ugly",
+            )
         )
-    for words in ("guide_scale 4.5", "shift 5", "n_prompt", "generate_size 64*64"):
+    for words in ("guide_scale 4.5", "shift 5", "n_prompt", "generate_size 64*64", "input_video_for_sam2: not used"):
         assert words in caplog.text
 
 
@@ -218,18 +223,22 @@ class TestAdapterFiles:
         with pytest.raises(CheckpointError, match="LoRA Quark-Vision/Live-Avatar: neither a file .* no network"):
             adapter_file("Quark-Vision/Live-Avatar")
 
-    def test_a_pickle(self, tmp_path: Path) -> None:
-        torch.save(load_file(LORA), tmp_path / "lora.pt")
-        with pytest.raises(CheckpointError, match="expected a .safetensors file"):
-            adapter_file(tmp_path / "lora.pt")
+    def test_a_pickle(self, pipeline: WanS2V, tmp_path: Path) -> None:
+        path = tmp_path / "lora.pt"
+        path.write_bytes(b"broken")
+        with pytest.raises(CheckpointError, match=r"lora\.pt: not a PyTorch file of plain tensors"):
+            pipeline.add_lora_to_model(pipeline.noise_model, 4, 2, pretrained_lora_path=path)
+        torch.save(load_file(LORA), path)
+        pipeline.add_lora_to_model(pipeline.noise_model, 4, 2, pretrained_lora_path=path)
+        assert pipeline.noise_model.adapter == Adapter(path, 0.5)
 
 
 def test_an_adapters_scale_is_alpha_over_rank(checkpoint: Path, files: Files, tmp_path: Path) -> None:
     tensors = load_file(LORA)
     halved = {name: tensor / 2 if "lora_B" in name else tensor for name, tensor in tensors.items()}
-    save_file(halved, tmp_path / "halved.safetensors")
+    torch.save(halved, tmp_path / "halved.pt")
     videos = []
-    for lora, alpha in ((LORA, 2), (tmp_path / "halved.safetensors", 4), (LORA, 4)):
+    for lora, alpha in ((LORA, 2), (tmp_path / "halved.pt", 4), (LORA, 4)):
         pipeline = TppWanS2V(reference_config(), checkpoint)
         pipeline.add_lora_to_model(pipeline.noise_model, 4, alpha, pretrained_lora_path=lora)
         videos.append(pipeline.generate(**files.arguments(max_repeat=1, sampling_steps=1))[0])

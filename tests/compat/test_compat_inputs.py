@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from compat.pipeline_calls import Files, observed, reference_config
+from compat.pipeline_calls import Files, LiveSource, observed, reference_config
 from PIL import Image
 from support import GOLDEN, GoldenCase, speech, write_wav
 from torch import Tensor
 
 from liveavatar_engine.compat import BlockwiseWanS2V, TppWanS2V, WanS2V
+from liveavatar_engine.compat.arguments import TppArguments
+from liveavatar_engine.compat.clips import ClipMaker
 from liveavatar_engine.compat.inputs import clip_count, read_speech
 from liveavatar_engine.denoise.stream import LatentStream
 from liveavatar_engine.errors import InputError
@@ -61,57 +64,48 @@ def _latents(pipeline, arguments: dict[str, Any]) -> dict[int, Tensor]:
     return seen
 
 
-def _chunks_of(samples: np.ndarray, sizes: list[int]):
-    """A callback that gives samples in chunks of these sizes, in turn, and None behind the last."""
-    start, calls = 0, 0
-
-    def callback() -> np.ndarray | None:
-        nonlocal start, calls
-        chunk = samples[start : start + sizes[calls % len(sizes)]]
-        start, calls = start + len(chunk), calls + 1
-        return chunk if len(chunk) else None
-
-    return callback
+@pytest.fixture(scope="class")
+def played(pipelines, tmp_path_factory: pytest.TempPathFactory, face: np.ndarray) -> dict[int, Tensor]:
+    """Latents of a file that is played."""
+    files = Files(tmp_path_factory.mktemp("played"), face)
+    return _latents(pipelines[BlockwiseWanS2V], files.arguments(sampling_steps=1, num_repeat=1))
 
 
 class TestLiveSpeech:
-    def test_how_it_is_cut_up_changes_nothing(self, live, files: Files) -> None:
-        made = []
-        for sizes in ([7680], [1000, 20_000, 3]):
-            live.get_audio_callback = _chunks_of(files.samples, sizes)
+    def test_how_it_is_cut_up_changes_nothing_but_what_is_said_does(self, live, files: Files) -> None:
+        other, made = write_wav(files.audio.with_name("other.wav"), speech(2.2, seed=5)), []
+        for source in (
+            LiveSource(files.audio, 7680),
+            LiveSource(files.audio, 1000, 20_000, 3),
+            LiveSource(other, 7680),
+        ):
+            live.get_audio_callback = source
             made.append(_latents(live, files.arguments(audio_path=None, sampling_steps=1)))
         assert len(made[0]) == 5, "it ends with the speech"
         assert all(made[0][block].equal(made[1][block]) for block in range(5))
-
-    def test_it_hears_what_is_said(self, live, files: Files) -> None:
-        live.get_audio_callback = _chunks_of(files.samples, [7680])
-        spoken = _latents(live, files.arguments(sampling_steps=1))
-        live.get_audio_callback = _chunks_of(speech(2.2, seed=5), [7680])
-        other = _latents(live, files.arguments(sampling_steps=1))
-        assert not torch.allclose(spoken[0], other[0])
+        assert not torch.allclose(made[0][0], made[2][0])
 
     def test_it_ends_after_max_repeat_clips(self, live, files: Files) -> None:
         live.get_audio_callback = lambda: np.zeros(7680, np.float32)
         assert len(_latents(live, files.arguments(max_repeat=2, sampling_steps=1))) == 8
 
-    def test_num_repeat_does_not_count(self, live, files: Files) -> None:
-        assert len(_latents(live, files.arguments(num_repeat=1, sampling_steps=1))) == 8
+    def test_num_repeat_does_not_count(self, played) -> None:
+        assert len(played) == 8
 
     def test_samples_of_another_kind(self, live, files: Files) -> None:
         live.get_audio_callback = lambda: np.zeros((2, 100), np.float32)
         with pytest.raises(InputError, match="one axis"):
             list(live.generate(**files.arguments()))
 
-    def test_clips_of_noise_in_front(self, live, files: Files) -> None:
-        plain = _latents(live, files.arguments(sampling_steps=1))
+    def test_clips_of_noise_in_front(self, live, played, files: Files) -> None:
         live.noise_clips = 1
-        noisy = _latents(live, files.arguments(sampling_steps=1))
-        assert (len(plain), len(noisy)) == (8, 12)
-        assert not torch.allclose(plain[0], noisy[0])
-        limited = _latents(live, files.arguments(sampling_steps=1, max_repeat=2))
-        assert len(limited) == 8, "clips of noise count as clips"
-        assert all(limited[block].equal(noisy[block]) for block in range(4))
-        assert limited[5].equal(noisy[5])
+        noisy = _latents(live, files.arguments(sampling_steps=1, max_repeat=2))
+        assert len(noisy) == 8, "clips of noise count as clips"
+        assert not torch.allclose(played[0], noisy[0])
+        live.noise_clips = 2
+        longer = _latents(live, files.arguments(sampling_steps=1, max_repeat=2))
+        assert all(noisy[block].equal(longer[block]) for block in range(4))
+        assert not torch.allclose(noisy[4], longer[4]), "speech behind one clip of noise"
 
 
 def test_longer_speech_is_encoded_in_windows(pipelines, files: Files, caplog) -> None:
@@ -138,7 +132,8 @@ class TestPose:
             writer.write(frames, 0)
         return tmp_path / "pose.mp4"
 
-    def test_it_steers(self, pipelines, files: Files, video: Path) -> None:
+    def test_it_steers(self, pipelines, files: Files, video: Path, monkeypatch) -> None:
+        monkeypatch.setattr(ClipMaker, "decode", lambda *_: torch.zeros(3, 48, 64, 64))  # latents are looked at
         for kind in (WanS2V, TppWanS2V):
             settings = files.arguments(max_repeat=1, sampling_steps=1)
             plain, posed = (_latents(pipelines[kind], {**settings, "pose_video": pose}) for pose in (None, video))
@@ -200,6 +195,13 @@ class TestActors:
         assert len(two[0]) == len(two[1]) == 16_000
 
 
+def test_every_seed_that_scripts_draw_can_be_used(pipelines, files: Files) -> None:
+    read = pipelines[TppWanS2V]._read
+    seeds = [read(TppArguments(**files.arguments(seed=seed)), None).seed for seed in (7, 2**62, sys.maxsize, -1)]
+    assert seeds[:3] == [7, 2**62, sys.maxsize - 2**62 - 1]
+    assert 0 <= seeds[3] < 2**62
+
+
 def test_clips_of_the_golden_waveform() -> None:
     case = GoldenCase.load(GOLDEN / "cases" / "audio.safetensors")
     samples = case["waveform"].shape[-1]
@@ -211,6 +213,10 @@ def test_encoders_on_their_own(pipelines, files: Files, face: np.ndarray) -> Non
     columns, clips = pipeline.encode_audio(files.audio, 48)
     assert (columns.shape, clips) == ((1, 25, 16, 96), 2)
     assert not columns[..., 60:].any(), "zero past the end"
+    live = pipelines[BlockwiseWanS2V]
+    assert live.encode_audio_from_array(files.samples, 48)[0].shape == columns.shape
+    with pytest.raises(InputError, match="sample_rate must be 16000, not 44100"):
+        live.audio_encoder.extract_audio_feat_from_array(files.samples, sample_rate=44_100)
     context, negative = pipeline.encode_prompt("a person", n_prompt="")
     assert context[0].shape[1] == negative[0].shape[1] == 24
     assert pipeline.encode_prompt("a person")[1] is None

@@ -5,22 +5,31 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from compat.pipeline_calls import Files, reference_config
+from compat.pipeline_calls import Files, LiveSource, reference_config
 
-from liveavatar_engine.compat import TppWanS2V
+from liveavatar_engine.compat import BlockwiseWanS2V, TppWanS2V
 from liveavatar_engine.compat.devices import pipeline_layout
 from liveavatar_engine.errors import ConfigError
 
+REFUSED = (
+    "nobody.png",
+    "infer_frames 80",
+    "get_audio_callback is set on rank 0, but rank 2 gets the chunks",
+    "rank 2: nobody there",
+)
 SCRIPT = Path(__file__).with_name("job_script.py")
 
 
 @pytest.mark.slow
-def test_the_rank_that_saves_gets_the_video(tmp_path: Path, face: np.ndarray, checkpoint: Path) -> None:
+def test_one_rank_gets_what_is_made_and_its_callback_is_heard(
+    tmp_path: Path, face: np.ndarray, checkpoint: Path
+) -> None:
     files, out, root = Files(tmp_path, face), tmp_path / "out.pt", SCRIPT.parents[2]
     paths = os.pathsep.join(str(path) for path in (root, root / "kernels", root / "tests"))
     job = ("torch.distributed.run", "--standalone", "--nproc-per-node", "3")
@@ -34,13 +43,20 @@ def test_the_rank_that_saves_gets_the_video(tmp_path: Path, face: np.ndarray, ch
     )
     assert ran.returncode == 0, ran.stderr
     made = torch.load(out, weights_only=True)
-    messages, stages = zip(*made["told"], strict=True)
-    assert all("nobody.png" in message for message in messages), "what one rank refuses, all do"
+    refused, stages, counts, given = zip(*made["told"], strict=True)
+    for messages in refused:
+        for message, words in zip(messages, REFUSED, strict=True):
+            assert words in message, "what one rank refuses, all do"
     assert stages == (["step 0", "step 1", "decode"], None, None)
-    alone, _ = TppWanS2V(reference_config(), checkpoint).generate(
-        **files.arguments(num_repeat=1, num_gpus_dit=1, shift=3)
-    )
-    assert all(video.equal(alone) for video in made["videos"])
+    alone, _ = TppWanS2V(reference_config(), checkpoint).generate(**files.arguments(num_repeat=1))
+    assert made["video"].equal(alone)
+    assert counts == ([2, 5],) * 3, "where one stops, all do, and the next stream is whole"
+    assert given == ([False] * 5, [False] * 5, [True] * 5)
+    live = BlockwiseWanS2V(reference_config(), checkpoint)
+    live.get_audio_callback = LiveSource(files.audio, 7680)
+    for chunk, first, whole in zip_longest(live.generate(**files.arguments()), made["first"], made["whole"]):
+        assert chunk.equal(whole)
+        assert first is None or chunk.equal(first)
 
 
 class _Ranks:

@@ -16,7 +16,7 @@ from compat.pipeline_calls import Files, reference_config
 from support import OWN_GOLDEN
 from torch import distributed
 
-from liveavatar_engine.compat import WanS2V, replace_linear_with_scaled_fp8
+from liveavatar_engine.compat import TppWanS2V, WanS2V, replace_linear_with_scaled_fp8
 from liveavatar_engine.compat.launcher import main
 from liveavatar_engine.config.engine import REFERENCE_FP8_SKIP
 from liveavatar_engine.media.audio import load_speech
@@ -84,29 +84,18 @@ def _check_video(run: _Run, expected: torch.Tensor) -> None:
     assert abs(len(load_speech(run.out)) / 16_000 - 45 / 25) < 0.1
 
 
-def _expected(run: _Run, checkpoint: Path, *, adapted: bool) -> torch.Tensor:
-    pipeline = WanS2V(reference_config(), checkpoint)
-    if adapted:
-        pipeline.add_lora_to_model(pipeline.noise_model, 4, 2.0, pretrained_lora_path=OWN_GOLDEN / "lora.safetensors")
-        replace_linear_with_scaled_fp8(pipeline.noise_model, list(REFERENCE_FP8_SKIP))
-    video, _ = pipeline.generate(**run.files.arguments(num_repeat=1))
-    assert video is not None
-    return video
-
-
-def test_a_script_writes_its_video(run: _Run, checkpoint: Path) -> None:
-    _subprocess("liveavatar_engine.compat", *run.flags, "--load_lora", "--fp8")
-    _check_video(run, _expected(run, checkpoint, adapted=True))
-
-
 @pytest.mark.slow
-def test_torchrun_with_one_process(run: _Run, checkpoint: Path) -> None:
+def test_a_script_started_by_torchrun_writes_its_video(run: _Run, checkpoint: Path) -> None:
     job = ("torch.distributed.run", "--standalone", "--nproc_per_node=1")
-    _subprocess(*job, "-m", "liveavatar_engine.compat", *run.flags, "--tpp")
-    assert len(run.frames()) == 45
+    _subprocess(*job, "-m", "liveavatar_engine.compat", *run.flags, "--load_lora", "--fp8")
+    pipeline = WanS2V(reference_config(), checkpoint)
+    pipeline.add_lora_to_model(pipeline.noise_model, 4, 2.0, pretrained_lora_path=OWN_GOLDEN / "lora.safetensors")
+    replace_linear_with_scaled_fp8(pipeline.noise_model, list(REFERENCE_FP8_SKIP))
+    expected, _ = pipeline.generate(**run.files.arguments(num_repeat=1))
+    _check_video(run, expected)
 
 
-def test_everything_is_put_back(run: _Run, checkpoint: Path) -> None:
+def test_a_script_writes_its_video_and_everything_is_put_back(run: _Run, checkpoint: Path) -> None:
     def state():
         return (
             builtins.__import__,
@@ -120,9 +109,10 @@ def test_everything_is_put_back(run: _Run, checkpoint: Path) -> None:
         )
 
     before = state()
-    assert main(run.flags) == 0
-    _check_video(run, _expected(run, checkpoint, adapted=False))
+    assert main([*run.flags, "--tpp"]) == 0
     assert state() == before
+    expected, _ = TppWanS2V(reference_config(), checkpoint).generate(**run.files.arguments(num_repeat=1))
+    _check_video(run, expected)
 
 
 def test_an_option_whose_package_is_missing(run: _Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,8 +25,6 @@ from liveavatar_engine.denoise.schedule import flow_match_schedule
 from liveavatar_engine.denoise.stream import Conditions, LatentStream, SinkPolicy
 from liveavatar_engine.errors import WorkerError
 
-CLASSES = [WanS2V, TppWanS2V, BlockwiseWanS2V]
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, face: np.ndarray) -> Files:
@@ -36,12 +34,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, face: np.ndarray) -> Files:
 @pytest.fixture(scope="module")
 def pipelines(checkpoint: Path) -> dict[type, Any]:
     """One of each class."""
-    return {kind: kind(reference_config(), checkpoint) for kind in CLASSES}
-
-
-@pytest.fixture(scope="module", params=CLASSES)
-def pipeline(request, pipelines):
-    return pipelines[request.param]
+    return {kind: kind(reference_config(), checkpoint) for kind in (WanS2V, TppWanS2V, BlockwiseWanS2V)}
 
 
 @pytest.fixture(scope="module")
@@ -162,49 +155,71 @@ def test_the_tpp_pipeline_encodes_one_frame_and_73(pipelines, files: Files, face
         assert relative_error(made[block], latents) <= 1e-5, f"block {block}"
 
 
-@pytest.mark.parametrize("online", [False, True])
-def test_the_single_gpu_pipeline_decodes_behind_encoded_frames(online, single, face, vae) -> None:
+@pytest.fixture(scope="module")
+def memories(single, face, vae) -> list[Tensor]:
+    """Motion latents in front of each clip: of the portrait, and of the first clip's frames behind it."""
+    (_, kept), (_, renewed) = single[False], single[True]
+    assert kept[:, :45].equal(renewed[:, :45]), "online decoding changes what follows the first clip"
+    still = to_pixels(face)[:, None].expand(-1, 365, -1, -1)
+    videos = (still, torch.cat((still[:, 45:], kept[:, :45]), dim=1))
+    return [torch.stack(list(vae.encode(video.unbind(1))), dim=1) for video in videos]
+
+
+@pytest.mark.parametrize(("online", "clip"), [(False, 0), (False, 1), (True, 1)])
+def test_the_single_gpu_pipeline_decodes_behind_encoded_frames(online, clip, single, memories, vae) -> None:
     made, video = single[online]
-    clips = [torch.cat([made[4 * clip + block] for block in range(4)], dim=1) for clip in range(2)]
-    memory = to_pixels(face)[:, None].expand(-1, 365, -1, -1)
-    for clip, start in ((0, 0), (1, 45)):
-        motion = torch.stack(list(vae.encode(memory.unbind(1))), dim=1)
-        frames = vae.decoder_stream().decode(torch.cat((motion, clips[clip]), dim=1))[:, -48 if clip else -45 :]
-        assert (video[:, start : start + frames.shape[1]] - frames).abs().max() <= 1e-4
-        memory = torch.cat((memory[:, 45:], frames[:, -45:]), dim=1)
-    assert video.shape[1] == 93
+    latents = torch.cat([made[4 * clip + block] for block in range(4)], dim=1)
+    frames = vae.decoder_stream().decode(torch.cat((memories[clip], latents), dim=1))[:, -48 if clip else -45 :]
+    start = 45 * clip
+    assert (video[:, start : start + frames.shape[1]] - frames).abs().max() <= 1e-4
+    assert video.shape == (3, 93, 64, 64)
 
 
 def test_online_decoding_renews_the_sink_after_the_first_clip(
-    single, pipelines, files: Files, face, network, vae
+    single, memories, pipelines, files: Files, face, network, vae
 ) -> None:
-    (kept, _), (renewed, video) = single[False], single[True]
-    memory = torch.cat((to_pixels(face)[:, None].expand(-1, 320, -1, -1), video[:, :45]), dim=1)
-    motion = torch.stack(list(vae.encode(memory.unbind(1))), dim=1)
+    kept, renewed = single[False][0], single[True][0]
     stream = _stream_by_hand(pipelines[WanS2V], network, still_conditions(vae, to_pixels(face)), None)
     features, _ = pipelines[WanS2V].encode_audio(files.audio, 48)
     noise = BlockNoise(stream.geometry, 7)
     for block in range(8):
         if block == 4:
-            stream.show(renewed[0][:, :1], motion[:, -19:])
+            stream.show(renewed[0][:, :1], memories[1][:, -19:])
         latents = stream.next_block(noise.block(block), features[..., 12 * block : 12 * block + 12])
         assert relative_error(renewed[block], latents) <= 1e-5, f"block {block}"
     assert all(kept[block].equal(renewed[block]) for block in range(4))
     assert relative_error(renewed[4], kept[4]) > 1e-3
 
 
-def test_whole_clips_come_out(pipeline, files: Files) -> None:
-    video = _run(pipeline, files.arguments(max_repeat=1))
+def test_a_single_gpu_pipeline_makes_as_many_clips_as_are_asked_for(
+    single, pipelines, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, whole = single[False]
+    assert whole.dtype == torch.float32
+    assert whole.abs().max() <= 1
+    monkeypatch.setattr(ClipMaker, "decode", lambda *_: torch.zeros(3, 48, 64, 64))  # latents are looked at
+    latents = observed(pipelines[WanS2V])
+    assert _run(pipelines[WanS2V], files.arguments(max_repeat=1)).shape == (3, 45, 64, 64)
+    assert len(latents) == 4
+    assert all(latents[block].equal(made[block]) for block in latents), "the same seed"
+    _run(pipelines[WanS2V], files.arguments(max_repeat=1, seed=-1))
+    assert not latents[0].equal(made[0])
+
+
+@pytest.mark.parametrize("kind", [TppWanS2V, BlockwiseWanS2V])
+def test_whole_clips_come_out(kind, pipelines, files: Files) -> None:
+    pipeline, arguments = pipelines[kind], files.arguments(max_repeat=1, sampling_steps=1)
+    video = _run(pipeline, arguments)
     assert video.shape == (3, 45, 64, 64)
     assert video.dtype == torch.float32
     assert video.abs().max() <= 1
-    assert video.equal(_run(pipeline, files.arguments(max_repeat=1))), "the same seed"
-    assert not video.equal(_run(pipeline, files.arguments(max_repeat=1, seed=-1)))
+    assert video.equal(_run(pipeline, arguments)), "the same seed"
+    assert not video.equal(_run(pipeline, {**arguments, "seed": -1}))
 
 
 def test_longer_clips(pipelines, files: Files) -> None:
     latents = observed(pipelines[TppWanS2V])
-    assert _run(pipelines[TppWanS2V], files.arguments(infer_frames=60, num_repeat=1)).shape[1] == 57
+    assert _run(pipelines[TppWanS2V], files.arguments(infer_frames=60, num_repeat=1, sampling_steps=1)).shape[1] == 57
     assert len(latents) == 5
 
 
@@ -226,7 +241,8 @@ def test_an_engine_that_has_failed_is_loaded_anew(pipelines, files: Files, monke
     assert pipeline._backend.loaded is not failed
 
 
-def test_only_rank_0_gets_the_single_gpu_video(checkpoint, files: Files) -> None:
+def test_only_rank_0_gets_the_single_gpu_video(checkpoint, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ClipMaker, "decode", lambda *_: torch.zeros(3, 48, 64, 64))
     video, _ = WanS2V(reference_config(), checkpoint, rank=1).generate(**files.arguments(max_repeat=1))
     assert video is None
 

@@ -1,14 +1,22 @@
-"""Names, order and defaults of the reference's methods, as listed in signatures.json."""
+"""The reference's methods, as listed in signatures.json, and its scripts' flags, as listed in flags.json."""
 
 import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from liveavatar_engine import compat
 
+FLAGS = json.loads((Path(__file__).parent / "flags.json").read_text())
 SIGNATURES = json.loads((Path(__file__).parent / "signatures.json").read_text())
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_the_migration_page_names_every_flag(script: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "migration.md").read_text()
+    assert [flag for flag in FLAGS[script] if not re.search(rf"`{flag}[` ]", page)] == []
 
 
 @pytest.mark.parametrize("method", SIGNATURES)
