@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint in the reference's layout")
     parser.add_argument("target", type=Path, metavar="DST", help="folder to make; must not exist or be empty")
-    parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA adapter to merge (safetensors)")
+    parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA adapter to merge (safetensors or PyTorch)")
     parser.add_argument("--precision", choices=("fp8", "bf16"), default="fp8", help="default %(default)s")
     parser.add_argument("--fp8-skip", metavar="NAME[,NAME...]", help=FP8_SKIP_HELP)
     parser.add_argument("--shard-size", default="5GB", metavar="N", help="of a file, e.g. 900MB (default %(default)s)")

@@ -63,7 +63,7 @@ def add_parser(commands: Any) -> None:
     files.add_argument(
         "--vae", type=Path, metavar="FILE", help="decode with this light decoder's weights (docs/light-decoder.md)"
     )
-    files.add_argument("--lora", type=Path, metavar="FILE", help="LoRA adapter to merge (safetensors)")
+    files.add_argument("--lora", type=Path, metavar="FILE", help="LoRA adapter to merge (safetensors or PyTorch)")
     files.add_argument("--image", type=Path, required=True, metavar="F", help="portrait: png, jpeg, webp")
     files.add_argument(
         "--audio", required=True, metavar="F[+F...]", help="speech: any audio or video file; one per actor, joined by +"

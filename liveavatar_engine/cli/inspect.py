@@ -85,7 +85,7 @@ def add_parser(commands: Any) -> None:
     layout.add_argument("--sequence-parallel", type=int, default=1, metavar="K", help="that share a step (default 1)")
     add_cost_arguments(layout)
     report = parser.add_argument_group("for the report of --precision")
-    report.add_argument("--lora", type=Path, metavar="FILE", help="LoRA adapter to merge (safetensors)")
+    report.add_argument("--lora", type=Path, metavar="FILE", help="LoRA adapter to merge (safetensors or PyTorch)")
     report.add_argument("--image", type=Path, metavar="F", help="portrait (default: a synthetic one)")
     report.add_argument("--audio", type=Path, metavar="F", help="speech (default: synthetic noise)")
     report.add_argument("--prompt", default="", metavar="T", help="what the scene shows")
