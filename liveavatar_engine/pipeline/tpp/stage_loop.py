@@ -157,8 +157,8 @@ class StageLoop:
 
     def _warm_up(self, arrival: Arrival) -> None:
         record = arrival.record
-        geometry = StreamGeometry(self._model, record["height"], record["width"], motion_tokens=record["motion_tokens"])
-        self._geometry = geometry
+        sizes = (record[name] for name in ("height", "width", "frames_per_block", "ring_frames", "motion_tokens"))
+        self._geometry = geometry = StreamGeometry(self._model, *sizes)
         if self._denoising is not None:
             self._denoising.warm_up(geometry, record["actors"], record["masked"])
         if self._decoding is not None:
