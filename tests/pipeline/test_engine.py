@@ -54,7 +54,7 @@ def test_thirty_seconds_of_audio_are_thirty_seconds_of_video(engine: Engine, fac
     assert last.end_time == 30.0
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.alone)])
 def test_same_seed_same_bits(threads: int, engine: Engine, face: np.ndarray) -> None:
     torch.set_num_threads(threads)
     try:

@@ -10,7 +10,7 @@ from liveavatar_engine.pipeline.tpp.plan import StageCosts
 from liveavatar_engine.pipeline.tpp.simulate import Simulation, simulate
 from liveavatar_engine.pipeline.tpp.trace import COMPUTE, DECODE, Span
 
-pytestmark = pytest.mark.timing
+pytestmark = pytest.mark.alone
 CLOSE = 0.1
 """How far a time may be from the prediction, over it."""
 BLOCKS = 20

@@ -63,7 +63,7 @@ def test_live_blocks_come_when_their_audio_does() -> None:
         assert waiting == [1, 2]
 
 
-@pytest.mark.timing
+@pytest.mark.alone
 def test_closing_in_mid_block_frees_the_slot_behind_what_is_under_way() -> None:
     with pipeline(3, StageCosts.of(30.0, 30.0)) as runner:
         stream = session(runner, Beats(100))
@@ -196,7 +196,7 @@ def test_sessions_are_spread_over_decoders_where_these_are_slow() -> None:
         assert decoded == {(1, 0), (2, 1)}
 
 
-@pytest.mark.timing
+@pytest.mark.alone
 def test_streams_that_all_have_blocks_to_bring_take_turns() -> None:
     with pipeline(3, StageCosts.of(10.0, 5.0), max_sessions=3) as runner:
         started = time.monotonic()
