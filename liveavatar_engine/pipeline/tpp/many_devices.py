@@ -207,7 +207,6 @@ class _Streams:
         self._slots = slots
         self._changed = threading.Condition(threading.RLock())
         self._free = list(range(slots))
-        self._reserved: set[int] = set()
         self._open: dict[int, tuple[int, PipelineProducer]] = {}
         self._failure: LiveAvatarError | None = None
 
