@@ -12,25 +12,38 @@ Mark = float | torch.cuda.Event
 """A moment on a device's clock."""
 
 
+_READINGS = 5
+
+
 class DeviceClock:
     """Moments of a device as seconds of a clock of the host.
 
+    Both are read several times, and the closest readings count: something else may have been run between two of them.
+
     Args:
-        device: that the moments are of; a GPU is waited for, once.
+        device: that the moments are of; a GPU is waited for.
         clock: of the host.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.time) -> None:
-        self._start: Mark = time.perf_counter()
-        if device.type == "cuda":
-            self._start = torch.cuda.Event(enable_timing=True)
-            self._start.record(torch.cuda.current_stream(device))
-            self._start.synchronize()
-        self._offset = clock()
+        readings = [_read_together(device, clock) for _ in range(_READINGS)]
+        _, self._start, self._offset = min(readings, key=lambda reading: reading[0])
 
     def at(self, mark: Mark) -> float:
         """When a `StageTimer`'s mark was; waits for it."""
         return self._offset + _between(self._start, mark)
+
+
+def _read_together(device: torch.device, clock: Callable[[], float]) -> tuple[float, Mark, float]:
+    """How long it took to read both clocks; a moment of the device; when that was, give or take half of it."""
+    before = clock()
+    mark: Mark = time.perf_counter()
+    if device.type == "cuda":
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record(torch.cuda.current_stream(device))
+        mark.synchronize()
+    after = clock()
+    return after - before, mark, (before + after) / 2
 
 
 class StageTimer:
