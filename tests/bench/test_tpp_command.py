@@ -157,7 +157,7 @@ class TestRuns:
         assert found["first_frame_s"] > found["first_block_s"] > 0.07
         assert found["predicted_fps"] == pytest.approx(12e3 / (found["predicted_block_ms_p50"]))
         assert len(run["series"]["block_ms"]["values"]) == 3
-        assert {row["name"] for row in run["rows"]} >= {"denoise", "decode", "prefill"}
+        assert {row["name"] for row in run["rows"]} >= {"denoise", "decode"}  # a prefill only where a rank was idle
         assert {row["rank"] for row in run["rows"]} == {0, 1}
         said = capsys.readouterr().out
         assert "sleeping stages: the first" in said
