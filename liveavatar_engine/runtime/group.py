@@ -49,7 +49,9 @@ class Group(Protocol):
 class Work(Protocol):
     """A call of a backend that is under way."""
 
-    def wait(self) -> object: ...
+    def wait(self) -> object:
+        """Let the current stream wait for it; without streams, the caller."""
+        ...
 
 
 class Backend(Protocol):

@@ -9,6 +9,7 @@ no transfer without a credit for a free buffer of the receiver; so neither end e
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -50,7 +51,7 @@ class Shipment:
             self._event.synchronize()
 
 
-class _Buffers:
+class _Buffers(ABC):
     """The buffers of one end, and the stream of its transfers."""
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, backend: Backend) -> None:
@@ -68,8 +69,9 @@ class _Buffers:
             self._shipments[0].mark()
         self._shipments[0].synchronize()
 
+    @abstractmethod
     def _transfer(self, latents: Tensor) -> None:
-        raise NotImplementedError
+        """Send or receive, in the current stream."""
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

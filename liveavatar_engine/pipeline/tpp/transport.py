@@ -15,19 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...runtime.group import Backend as GroupBackend
+from ...runtime.group import Work
 
 _NO_TIMEOUT = timedelta(days=365)
 """Whether a peer has died or hangs, the front finds out; how long it lets others wait says nothing."""
 _CTAS = 2
 """Thread blocks that a transfer may occupy beside a denoise step."""
-
-
-class Work(Protocol):
-    """A transfer that has been started."""
-
-    def wait(self) -> bool:
-        """Let the current stream wait for it; without streams, the caller."""
-        ...
 
 
 class Backend(GroupBackend, Protocol):
