@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from liveavatar_engine.pipeline.tpp.channel import Credits, LatentReceiver, LatentSender, Shipment
-from liveavatar_engine.pipeline.tpp.transport import Work, open_backend
+from liveavatar_engine.pipeline.tpp.transport import open_backend
+from liveavatar_engine.runtime.group import Work
 
 SHAPE = (3, 2, 5, 7)
 

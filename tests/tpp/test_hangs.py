@@ -18,6 +18,7 @@ from torch import Tensor
 
 from liveavatar_engine.errors import SessionError, WorkerError
 from liveavatar_engine.pipeline.tpp import crew, many_devices, setup
+from liveavatar_engine.pipeline.tpp import member as members
 from liveavatar_engine.pipeline.tpp.many_devices import ManyDevices
 from liveavatar_engine.pipeline.tpp.plan import StageCosts, make_plan
 from liveavatar_engine.pipeline.tpp.records import Record
@@ -50,7 +51,7 @@ def test_a_stage_that_hangs_in_a_block_is_named(hanging: threading.Event, monkey
             return super().block(session, record, latents)
 
     monkeypatch.setattr(setup, "SleepingDenoising", Hanging)
-    monkeypatch.setattr(crew, "STUCK_SECONDS", STUCK)
+    monkeypatch.setattr(members, "STUCK_SECONDS", STUCK)
     with pipeline(3) as runner:
         _on_gpus(runner)
         stream, started = session(runner, Beats(50)), time.monotonic()
@@ -79,7 +80,7 @@ def test_a_device_that_hangs_behind_its_stage_is_named(
             return Stuck(ready.frames) if Hanging.started == 4 else ready
 
     monkeypatch.setattr(setup, "SleepingDecoding", Hanging)
-    monkeypatch.setattr(crew, "STUCK_SECONDS", STUCK)
+    monkeypatch.setattr(members, "STUCK_SECONDS", STUCK)
     with pipeline(3) as runner:
         _on_gpus(runner)
         stream = session(runner, Beats(50))
@@ -226,17 +227,17 @@ def test_closing_does_not_wait_for_workers_that_die_meanwhile() -> None:
 def test_slow_gpus_are_not_taken_for_hanging() -> None:
     """What is long depends on what blocks have taken before; without any, there is much patience."""
     (_, rank) = make_plan(("cuda:0", "cuda:1"), 4, StageCosts.of(1, 1)).ranks
-    member: Any = crew._Member(rank, None, None, 0.0)  # type: ignore[arg-type]
+    member: Any = members.Member(rank, None, None, 0.0)  # type: ignore[arg-type]
 
     def stuck(block: int, seconds: float, doing: str = "block") -> bool:
         member.hear(Record("beat", {"doing": doing, "block": block, "seconds": seconds}))
         return member.stuck
 
-    assert not stuck(0, crew.FIRST_BLOCK_SECONDS - 1)
-    assert stuck(0, crew.FIRST_BLOCK_SECONDS + 1)
+    assert not stuck(0, members.FIRST_BLOCK_SECONDS - 1)
+    assert stuck(0, members.FIRST_BLOCK_SECONDS + 1)
     assert not stuck(0, 5.0)
     assert not stuck(1, 4 * 5.0 - 1)
     assert stuck(1, 4 * 5.0 + 1)
     assert not stuck(1, 100.0, doing="full"), "who waits for room does not hang"
     member.longest = None
-    assert stuck(7, crew.STUCK_SECONDS + 1), "seven quick blocks have passed unseen"
+    assert stuck(7, members.STUCK_SECONDS + 1), "seven quick blocks have passed unseen"

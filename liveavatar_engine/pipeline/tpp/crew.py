@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -17,10 +16,10 @@ import torch.distributed as dist
 from ... import errors
 from ...errors import LiveAvatarError, WorkerError
 from ..runner import WorkerInfo
-from .activity import BLOCK
 from .launch import Launcher, Process
-from .link import Address, Door, Link, LinkClosed
-from .plan import Plan, RankPlan
+from .link import Address, Door, LinkClosed
+from .member import DIED, FAILED, LOST_PEER, SILENT, Member, Suspicion
+from .plan import Plan
 from .records import Record
 from .setup import Progress, WorkerSetup
 from .stage_loop import STOP
@@ -33,13 +32,6 @@ SILENT_SECONDS = 5.0
 """Without a sign of life, after which a worker counts as hanging."""
 LOADING_SECONDS = 60.0
 """The same while it starts, loads or warms up, where one call into a library can hold up a whole process."""
-STUCK_SECONDS = 8.0
-"""In one block on a GPU, after which a worker counts as hanging, if no block before took a fourth of it.
-
-How long a CPU takes says nothing.
-"""
-FIRST_BLOCK_SECONDS = 60.0
-"""The same before a worker has finished any block, and it is not known how long one takes."""
 _GRACE_SECONDS = 0.4
 """From a first sign that something is wrong until it is clear whose fault it is."""
 _PAUSE_SECONDS = 1.0
@@ -52,55 +44,6 @@ _LOADING = ("starting", "loading", "connecting", "warm_up")
 _SETUP = ("hello", "agreed", "loaded", "ready", "warmed", "ended")
 
 OnRecord = Callable[[int, Record], None]
-
-
-@dataclass
-class _Member:
-    """A worker.
-
-    Attributes:
-        last_beat: when it gave a sign of life (`time.monotonic`).
-        doing, block, busy: what it said then: its activity, the block, and for how many seconds.
-        longest: that it said of a block which it has finished since; None: it has finished none.
-    """
-
-    plan: RankPlan
-    link: Link
-    info: WorkerInfo
-    last_beat: float
-    doing: str = "starting"
-    block: int = -1
-    busy: float = 0.0
-    longest: float | None = None
-    ended: bool = False
-
-    def hear(self, beat: Record) -> None:
-        """Take a sign of life."""
-        another = beat["block"] != self.block
-        if beat["block"] > 0 or (another and self.block >= 0):
-            self.longest = max(self.longest or 0.0, self.busy if another and self.doing == BLOCK else 0.0)
-        self.doing, self.block, self.busy = beat["doing"], beat["block"], beat["seconds"]
-
-    @property
-    def stuck(self) -> bool:
-        """Whether a GPU has been in one block for too long."""
-        if self.doing != BLOCK or not self.plan.device.startswith("cuda"):
-            return False
-        return self.busy > (FIRST_BLOCK_SECONDS if self.longest is None else max(STUCK_SECONDS, 4 * self.longest))
-
-
-@dataclass(frozen=True, order=True)
-class _Suspicion:
-    """What speaks against a worker; the most telling comes first."""
-
-    weight: int
-    rank: int
-    what: str = field(compare=False)
-    block: int = field(compare=False, default=-1)
-    error: LiveAvatarError | None = field(compare=False, default=None)
-
-
-_DIED, _FAILED, _SILENT, _LOST_PEER = range(4)
 
 
 class Crew:
@@ -131,11 +74,11 @@ class Crew:
         self.plan, self.traced = plan, trace
         self.failure: WorkerError | None = None
         self._launcher, self._on_record, self._on_failure, self._on_drain = launcher, on_record, on_failure, on_drain
-        self._members: dict[int, _Member] = {}
+        self._members: dict[int, Member] = {}
         self._answers: dict[str, queue.SimpleQueue[tuple[int, Record]]] = {k: queue.SimpleQueue() for k in _SETUP}
         self._spans: queue.SimpleQueue[tuple[int, Record]] = queue.SimpleQueue()
         self._progress: Progress = lambda done, total: None
-        self._suspicions: list[_Suspicion] = []
+        self._suspicions: list[Suspicion] = []
         self._suspected = threading.Condition()
         self._started, self._closing = threading.Event(), threading.Event()
         self._looked = time.monotonic()
@@ -243,7 +186,7 @@ class Crew:
             self._offsets[hello["rank"]] = 0.0 if hello["host"] == host_name() else apart
             plan = self.plan.ranks[hello["rank"]]
             info = WorkerInfo(plan.rank, hello["pid"], hello["host"], plan.stage, plan.device)
-            member = _Member(plan, link, info, time.monotonic())
+            member = Member(plan, link, info, time.monotonic())
             self._members[plan.rank] = member
             threading.Thread(target=self._read, args=(member,), name="liveavatar-crew", daemon=True).start()
 
@@ -252,7 +195,7 @@ class Crew:
         while len(self._members) < len(self.plan) and not self._closing.is_set():
             for process in self._processes:
                 if process.rank not in self._members and process.poll() is not None:
-                    self._suspect(_DIED, process.rank, f"ended with status {process.poll()} before it was ready")
+                    self._suspect(DIED, process.rank, f"ended with status {process.poll()} before it was ready")
                     door.interrupt()
                     return
             time.sleep(0.1)
@@ -305,7 +248,7 @@ class Crew:
 
     # --- watching
 
-    def _read(self, member: _Member) -> None:
+    def _read(self, member: Member) -> None:
         rank = member.plan.rank
         try:
             while True:
@@ -328,10 +271,10 @@ class Crew:
                     self._on_record(rank, record)
         except LinkClosed:
             if not member.ended:
-                self._suspect(_DIED, rank, "", member.block)
+                self._suspect(DIED, rank, "", member.block)
         except Exception as error:
             _log.exception("rank %d: its record could not be handled", rank)
-            self._suspect(_FAILED, rank, f"sent what could not be handled: {error}", member.block)
+            self._suspect(FAILED, rank, f"sent what could not be handled: {error}", member.block)
 
     def _accuse(self, rank: int, record: Record) -> None:
         """Take a worker's report of what has gone wrong."""
@@ -339,13 +282,13 @@ class Crew:
         known = kind if isinstance(kind, type) and issubclass(kind, LiveAvatarError) else None
         what = "ran out of memory" if record["memory"] else record["message"]
         error = None if known is None or known is WorkerError else known(record["message"])
-        self._suspect(_LOST_PEER if record["lost_peer"] else _FAILED, rank, what, record["block"], error)
+        self._suspect(LOST_PEER if record["lost_peer"] else FAILED, rank, what, record["block"], error)
 
     def _suspect(
         self, weight: int, rank: int, what: str, block: int = -1, error: LiveAvatarError | None = None
     ) -> None:
         with self._suspected:
-            self._suspicions.append(_Suspicion(weight, rank, what, block, error))
+            self._suspicions.append(Suspicion(weight, rank, what, block, error))
             self._suspected.notify_all()
 
     def _watch(self) -> None:
@@ -370,11 +313,11 @@ class Crew:
                 member.last_beat = now  # its signs of life may be waiting to be read
             if now - member.last_beat > (LOADING_SECONDS if member.doing in _LOADING else SILENT_SECONDS):
                 what = f"has given no sign of life for {now - member.last_beat:.1f} s"
-                self._suspect(_SILENT, rank, what, member.block)
+                self._suspect(SILENT, rank, what, member.block)
             elif member.stuck:
-                self._suspect(_SILENT, rank, f"hangs: {member.busy:.1f} s in one block", member.block)
+                self._suspect(SILENT, rank, f"hangs: {member.busy:.1f} s in one block", member.block)
 
-    def _fail(self, worst: _Suspicion) -> None:
+    def _fail(self, worst: Suspicion) -> None:
         plan = self.plan.ranks[worst.rank]
         what = worst.what or self._how_it_ended(worst.rank)
         member = self._members.get(worst.rank)
